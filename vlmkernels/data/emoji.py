@@ -299,7 +299,8 @@ class EmojiSet:
             raise ValueError(f"emoji: {style} has no picture of {e.name!r}; styles that have one: {e.styles}")
         return cell
 
-    def _rgba(self, pairs: Sequence[tuple[int, str]]) -> torch.Tensor:
+    def rgba(self, pairs: Sequence[tuple[int, str]]) -> torch.Tensor:
+        """Returns pictures as they are stored, [N, 4, 64, 64] uint8: straight (not premultiplied) RGBA."""
         cell = _metadata()["cell"]
         out = torch.empty(len(pairs), 4, cell, cell, dtype=torch.uint8)
         cells = [self._cell(index, style) for index, style in pairs]
@@ -310,7 +311,7 @@ class EmojiSet:
 
     def alpha(self, index: int, style: str) -> torch.Tensor:
         """Returns how opaque a picture is, [1, 64, 64] uint8: 255 on the emoji, 0 on the background."""
-        return self._rgba([(index, style)])[0, 3:]
+        return self.rgba([(index, style)])[0, 3:]
 
     def image(
         self,
@@ -354,7 +355,7 @@ class EmojiSet:
         if colour.numel() and not 0 <= colour.min() <= colour.max() <= 255:
             raise ValueError("emoji: background must lie between 0 and 255")
 
-        pixels = self._rgba(pairs).float()
+        pixels = self.rgba(pairs).float()
         alpha = pixels[:, 3:] / 255
         mixed = torch.lerp(colour.reshape(-1, 3, 1, 1), pixels[:, :3], alpha)
         if size is not None and size != mixed.shape[-1] and len(pairs):

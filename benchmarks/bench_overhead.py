@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call costs besides its arithmetic: `vk.clip_loss` on 64 pairs against the plain call into `_cpu`, and eager.
+
+    pytest benchmarks/bench_overhead.py --benchmark-columns=median,iqr,rounds [--save-results]
+
+The plain call reuses prepared pointers and writes into prepared memory; the difference is checks, dispatch,
+torch.library, autograd and allocations. One thread, warm cache, many calls per round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import vlmkernels as vk
+from vlmkernels import _native
+
+sys.path.insert(0, str(Path(__file__).parent))
+from peers import contrastive as eager  # noqa: E402  (the folder is no package: benchmarks run from anywhere)
+
+N, D, SCALE = 64, 32, 10.0
+CALLS, ROUNDS = 500, 9
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: int):
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def features() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(2, N, D, generator=generator)
+    return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+
+
+def plain_call(image: Tensor, text: Tensor) -> tuple[Callable[[], Any], Tensor]:
+    """The kernel behind a forward without gradients, and the scalar that it writes."""
+    loss, row_lse, col_lse = torch.empty(()), torch.empty(2, N), torch.empty(2, N)
+
+    def matrix(x: Tensor) -> tuple[int, int, int, int, int]:
+        return x.data_ptr(), _native.dtype_tag(x.dtype), 0, *x.stride()
+
+    call = _native.cpu.ContrastiveCall(
+        q=matrix(image),
+        k=matrix(text),
+        batch=1,
+        n=N,
+        m=N,
+        d=D,
+        columns=True,
+        scale=SCALE,
+        loss=loss.data_ptr(),
+        row_lse=row_lse.data_ptr(),
+        col_lse=col_lse.data_ptr(),
+    )
+    workspace = torch.empty(call.workspace(False, 1), dtype=torch.uint8)
+
+    def run(_keep: Any = (row_lse, col_lse, image, text)) -> None:
+        _native.cpu.contrastive_forward(call, workspace.data_ptr(), 1)
+
+    return run, loss
+
+
+def microseconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return (time.perf_counter() - start) / CALLS * 1e6
+
+
+def test_forward_overhead(benchmark, row, features) -> None:
+    image, text = features
+    scale = torch.tensor(SCALE)
+    plain, written = plain_call(image, text)
+    plain()
+    loss = vk.clip_loss(image, text, scale, backend="cpu")
+    torch.testing.assert_close(written, loss)
+    torch.testing.assert_close(eager.clip_loss(image, text, scale), loss)
+
+    sides = {
+        "plain": plain,
+        "ours": lambda: vk.clip_loss(image, text, scale, backend="cpu"),
+        "default": lambda: vk.clip_loss(image, text, scale),
+        "peer": lambda: eager.clip_loss(image, text, scale),
+    }
+    times: dict[str, list[float]] = {name: [] for name in sides}
+
+    def interleaved() -> None:
+        for name, side in sides.items():
+            times[name].append(microseconds(side))
+
+    benchmark.pedantic(interleaved, rounds=ROUNDS, warmup_rounds=1)
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    row(
+        f"clip_loss {N} x {D} forward call",
+        shape=[N, N, D],
+        dtype="float32",
+        peer="eager",
+        **{f"{name}_us": value for name, value in medians.items()},
+        overhead_us=medians["ours"] - medians["plain"],
+        ratio=medians["peer"] / medians["ours"],
+    )
+
+
+def test_forward_and_backward_call(benchmark, row, features) -> None:
+    tensors = [x.requires_grad_() for x in (*features, torch.tensor(SCALE))]
+
+    def step(loss: Callable[..., Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(loss(*tensors), tensors)
+
+    sides = {"ours": step(vk.clip_loss), "peer": step(eager.clip_loss)}
+    for mine, theirs in zip(sides["ours"](), sides["peer"](), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+
+    def interleaved() -> None:
+        for name, side in sides.items():
+            times[name].append(microseconds(side))
+
+    benchmark.pedantic(interleaved, rounds=ROUNDS, warmup_rounds=1)
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    row(
+        f"clip_loss {N} x {D} forward + backward call",
+        shape=[N, N, D],
+        dtype="float32",
+        peer="eager",
+        **{f"{name}_us": value for name, value in medians.items()},
+        ratio=medians["peer"] / medians["ours"],
+    )

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of every test: seeds, threads, the gpu marker, and a header that says what is being tested."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import vlmkernels
+from vlmkernels import _native
+
+SEED = 20210226  # the day the CLIP paper was submitted
+
+_gpu_tests_passed = 0
+
+
+def pytest_report_header() -> list[str]:
+    isa = _native.cpu.isa() if _native.cpu_reason is None else f"none ({_native.cpu_reason})"
+    return [
+        f"vlmkernels: {vlmkernels.__file__}",
+        f"torch: {torch.__version__}, {torch.get_num_threads()} threads, cpu kernels: {isa}",
+    ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    without_gpu = pytest.mark.skip(reason="there is no CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(without_gpu)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    global _gpu_tests_passed
+    if report.when == "call" and report.passed and "gpu" in report.keywords:
+        _gpu_tests_passed += 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run of the GPU tests in which none ran on a GPU has shown nothing, and fails."""
+    if session.config.option.markexpr == "gpu" and _gpu_tests_passed == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print("\nFAILED: -m gpu was asked for, but no test ran on a GPU")
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

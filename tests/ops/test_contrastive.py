@@ -1,0 +1,527 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contrastive losses: known values, accuracy against float64, layouts, edges, options, refusals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contrastive_problems import OPERANDS, OPS, SQUARE, make, row_gradient, shapes
+from oracle import assert_as_accurate
+
+from vlmkernels import _native
+from vlmkernels.ops import contrastive as ops
+from vlmkernels.ops.reference import contrastive as reference
+
+needs_cpu = pytest.mark.skipif(_native.cpu_reason is not None, reason=f"vlmkernels._cpu: {_native.cpu_reason}")
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu)]
+DRAWS = 3
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+def golden_features(dtype=torch.float32):
+    """Four pairs in three dimensions that every specification's golden values are computed on."""
+    angle = 1 + 3 * torch.arange(4.0, dtype=torch.float64)[:, None] + torch.arange(3.0, dtype=torch.float64)
+    image, text = angle.sin(), angle.sin() + 0.5 * angle.cos()
+    return F.normalize(image, dim=-1).to(dtype), F.normalize(text, dim=-1).to(dtype)
+
+
+# Known values.
+
+
+@each_backend
+def test_clip_loss_golden_value(backend):
+    image, text = golden_features()
+    assert ops.clip_loss(image, text, 10.0, backend=backend).item() == pytest.approx(0.69855462, rel=2e-6)
+
+
+@each_backend
+def test_clip_loss_with_smoothing_golden_value(backend):
+    image, text = golden_features()
+    loss = ops.clip_loss(image, text, 1 / 0.1, label_smoothing=0.1, backend=backend)
+    assert loss.item() == pytest.approx(1.59538933, rel=2e-6)
+
+
+@each_backend
+def test_siglip_loss_golden_value(backend):
+    image, text = golden_features()
+    assert ops.siglip_loss(image, text, 10.0, -10.0, backend=backend).item() == pytest.approx(1.65556897, rel=2e-6)
+
+
+@each_backend
+def test_multi_positive_loss_golden_value(backend):
+    image, text = golden_features()
+    labels = torch.tensor([0, 0, 1, 2])
+    loss = ops.multi_positive_loss(image, text, 10.0, labels, labels, backend=backend)
+    assert loss.item() == pytest.approx(5.17085093, rel=2e-6)
+
+
+@each_backend
+def test_info_nce_golden_rows(backend):
+    image, text = golden_features()
+    assert ops.info_nce(image, text, 10.0, backend=backend).item() == pytest.approx(0.70429036, rel=2e-6)
+    assert ops.info_nce(text, image, 10.0, backend=backend).item() == pytest.approx(0.69281888, rel=2e-6)
+
+
+@each_backend
+def test_linear_cross_entropy_golden_rows(backend):
+    image, text = golden_features()
+    loss = ops.linear_cross_entropy(image, text, torch.arange(4), logit_scale=10.0, backend=backend)
+    assert loss.item() == pytest.approx(0.70429036, rel=2e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("scale", [1.0, 1 / 0.07])
+def test_clip_loss_orthonormal_features(backend, scale):
+    image = torch.eye(8)
+    expected = math.log1p(7 * math.exp(-scale))
+    # a converged loss is the logarithm of a sum just above 1: exact to the spacing of float32 there
+    loss = ops.clip_loss(image, image, scale, backend=backend).item()
+    assert loss == pytest.approx(expected, rel=1e-6, abs=torch.finfo(torch.float32).eps)
+
+
+def test_clip_loss_orthonormal_features_float64():
+    image = torch.eye(8, dtype=torch.float64)
+    assert ops.clip_loss(image, image, 1.0).item() == pytest.approx(1.27400884, rel=1e-8)
+    assert ops.clip_loss(image, image, 1 / 0.07).item() == pytest.approx(4.374e-6, rel=1e-3)
+
+
+@each_backend
+def test_siglip_loss_orthonormal_features(backend):
+    image = torch.eye(8)
+    assert ops.siglip_loss(image, image, 10.0, -10.0, backend=backend).item() == pytest.approx(0.69346497, rel=1e-6)
+
+
+@each_backend
+def test_siglip_loss_zero_similarities(backend):
+    zero = torch.zeros(8, 4)
+    assert ops.siglip_loss(zero, zero, 10.0, -10.0, backend=backend).item() == pytest.approx(10.00036319, rel=1e-6)
+
+
+@each_backend
+def test_siglip_loss_far_tail_keeps_its_digits(backend):
+    # every pair is right by a wide margin: 64 terms of log(1 + exp(-30))
+    image, scale, bias = torch.eye(8), torch.tensor(60.0), torch.tensor(-30.0, requires_grad=True)
+    loss = ops.siglip_loss(image, image, scale, bias, backend=backend)
+    (grad,) = torch.autograd.grad(loss, bias)
+    tail = math.log1p(math.exp(-30.0))
+    assert loss.item() == pytest.approx(8 * tail, rel=1e-5)
+    assert grad.item() == pytest.approx((56 - 8) / 8 * math.exp(-30.0), rel=1e-5)
+
+
+@each_op
+def test_reference_equals_library_cross_entropy(op):
+    problem = make(op, 7, None if op in SQUARE else 11, 5, seed=1).to(torch.float64)
+    first, second = (problem.tensors[name] for name in OPERANDS[op])
+    logits = problem.tensors["logit_scale"] * first @ second.T
+    if op == "clip_loss":
+        both = [F.cross_entropy(z, torch.arange(7), label_smoothing=0.1) for z in (logits, logits.T)]
+        expected = sum(both) / 2
+    elif op == "siglip_loss":
+        targets = torch.eye(7, dtype=torch.float64)
+        expected = F.binary_cross_entropy_with_logits(logits + problem.tensors["logit_bias"], targets, reduction="sum") / 7
+    elif op == "multi_positive_loss":
+        equal = (problem.options["image_labels"][:, None] == problem.options["text_labels"]).double()
+        directions = []
+        for z, targets in ((logits, equal), (logits.T, equal.T)):
+            rows = targets.sum(-1) > 0
+            directions.append(F.cross_entropy(z[rows], F.normalize(targets[rows], p=1, dim=-1)))
+        expected = sum(directions) / 2
+    elif op == "info_nce":
+        usable = problem.options["key_mask"]
+        renumbered = usable.cumsum(0)[problem.options["positives"]] - 1
+        expected = F.cross_entropy(logits[:, usable], renumbered)
+    else:
+        expected = F.cross_entropy(logits + problem.tensors["bias"], problem.options["targets"], label_smoothing=0.1)
+    torch.testing.assert_close(problem.loss(reference), expected)
+
+
+# Accuracy.
+
+
+def assert_accurate(problems, *, eager_dtype=None, upstream=0.37, **keywords):
+    """The cpu kernels obey the accuracy rule, for the loss and for the gradient of every input."""
+    ours, eager, exact = [], [], []
+    for problem in problems:
+        ours.append(problem.results(ops, backend="cpu", upstream=upstream, **keywords))
+        eager.append(problem.results(reference, upstream=upstream, **keywords))
+        exact.append(problem.to(torch.float64).results(reference, upstream=upstream))
+    for name in exact[0]:
+        assert_as_accurate([r[name] for r in ours], [r[name] for r in eager], [r[name] for r in exact], name)
+
+
+@needs_cpu
+@pytest.mark.parametrize(("op", "shape"), [(op, shape) for op in OPS for shape in shapes(op)])
+def test_float32_is_as_accurate_as_eager(op, shape):
+    assert_accurate([make(op, *shape, seed=seed) for seed in range(DRAWS)])
+
+
+@needs_cpu
+@pytest.mark.parametrize(("op", "shape"), [(op, shape) for op in OPS for shape in shapes(op)])
+def test_bfloat16_compute_is_as_accurate_as_eager(op, shape):
+    assert_accurate([make(op, *shape, seed=seed) for seed in range(DRAWS)], compute_dtype=torch.bfloat16)
+
+
+@needs_cpu
+@each_op
+def test_bfloat16_features_are_as_accurate_as_eager(op):
+    problems = []
+    for seed in range(DRAWS):
+        problem = make(op, 77, d=64, seed=seed)
+        first, second = OPERANDS[op]
+        problems.append(problem.but(**{name: problem.tensors[name].bfloat16() for name in (first, second)}))
+    assert_accurate(problems)
+
+
+@needs_cpu
+@each_op
+def test_bfloat16_loss_is_the_loss_of_rounded_operands(op):
+    problem = make(op, 77, d=100)
+    rounded = problem.but(**{name: problem.tensors[name].bfloat16().float() for name in OPERANDS[op]})
+    loss = problem.loss(ops, backend="cpu", compute_dtype=torch.bfloat16)
+    assert_as_accurate(loss, rounded.loss(reference), rounded.to(torch.float64).loss(reference))
+
+
+@needs_cpu
+@each_op
+def test_large_logits_of_unnormalised_features(op):
+    problem = make(op, 50, d=64)
+    scaled = {name: 5 * problem.tensors[name] for name in OPERANDS[op]}
+    assert_accurate([problem.but(**scaled, logit_scale=torch.tensor(100.0))])
+
+
+@needs_cpu
+@each_op
+def test_zero_features(op):
+    problem = make(op, 50, d=16)
+    zeros = {name: torch.zeros_like(problem.tensors[name]) for name in OPERANDS[op]}
+    assert_accurate([problem.but(**zeros)])
+
+
+@needs_cpu
+@each_op
+def test_equal_rows_tie(op):
+    problem = make(op, 77, d=16)
+    first, second = OPERANDS[op]
+    repeated = {name: problem.tensors[name][torch.arange(77) // 10] for name in (first, second)}
+    assert_accurate([problem.but(**repeated)])
+
+
+@needs_cpu
+def test_more_dot_products_than_are_saved_for_backward():
+    # 4,224 x 4,224 float32 are more than the 64 MiB that a loss may keep: backward forms them again
+    assert_accurate([make("clip_loss", 4224, d=4)], upstream=-2.0)
+
+
+@needs_cpu
+def test_more_logits_than_one_chunk_of_rows():
+    assert_accurate([make("linear_cross_entropy", 1100, 11000, 4)], upstream=-2.0)
+
+
+# Layouts.
+
+
+@needs_cpu
+@each_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["transposed", "every other column", "columns of a wider matrix", "rows of a taller one"])
+def test_layout_does_not_change_the_result(op, dtype, layout):
+    problem = make(op, 50, d=33)
+    operands = {name: problem.tensors[name].to(dtype) for name in OPERANDS[op]}
+    strided = {}
+    for name, x in operands.items():
+        if layout == "transposed":
+            strided[name] = x.T.contiguous().T
+        elif layout == "every other column":
+            strided[name] = torch.stack((x, torch.full_like(x, torch.nan)), -1).flatten(-2)[:, ::2]
+        elif layout == "columns of a wider matrix":
+            strided[name] = F.pad(x, (3, 5), value=torch.nan)[:, 3:-5]
+        else:
+            strided[name] = torch.stack((torch.full_like(x, torch.nan), x), 1).flatten(0, 1)[1::2]
+    expected = problem.but(**operands).results(ops, backend="cpu")
+    for name, result in problem.but(**strided).results(ops, backend="cpu").items():
+        assert torch.equal(result, expected[name]), name
+
+
+@needs_cpu
+@each_op
+def test_expanded_features(op):
+    problem = make(op, 50, d=33)
+    first, second = OPERANDS[op]
+    expanded = problem.but(**{first: problem.tensors[first][:1].expand(50, 33)})
+    contiguous = problem.but(**{first: expanded.tensors[first].contiguous()})
+    expected = contiguous.results(ops, backend="cpu")
+    for name, result in expanded.results(ops, backend="cpu").items():
+        assert torch.equal(result, expected[name]), name
+
+
+@each_backend
+def test_one_tensor_on_both_sides(backend):
+    features = make("clip_loss", 20, d=8).tensors["image_features"].requires_grad_()
+    (grad,) = torch.autograd.grad(ops.clip_loss(features, features, 10.0, backend=backend), features)
+    wide = features.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.clip_loss(wide, wide, 10.0), wide)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("op", [op for op in OPS if op != "linear_cross_entropy"])
+@pytest.mark.parametrize("lead", [(5,), (2, 3)])
+def test_leading_dimensions_are_the_mean_of_their_problems(op, lead, backend):
+    problem = make(op, 9, None if op in SQUARE else 12, 8, lead=lead)
+    count = math.prod(lead)
+    losses = []
+    for i in range(count):
+        one = {name: x.flatten(0, len(lead) - 1)[i] for name, x in problem.tensors.items() if x.ndim > 0}
+        of_rows = {name: x.flatten(0, len(lead) - 1)[i] for name, x in problem.options.items() if hasattr(x, "ndim")}
+        losses.append(problem.but(**one, **of_rows).to(torch.float64).loss(reference))
+    expected = torch.stack(losses).mean()
+    assert problem.loss(ops, backend=backend).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@needs_cpu
+@each_op
+@pytest.mark.parametrize("lead", [(5,), (2, 3), (1, 1, 40)])
+def test_leading_dimensions_gradients(op, lead):
+    assert_accurate([make(op, 9, None if op in SQUARE else 12, 8, lead=lead, seed=seed) for seed in range(DRAWS)])
+
+
+@needs_cpu
+def test_leading_dimension_of_stride_zero():
+    problem = make("info_nce", 9, 12, 8, lead=(4,))
+    shared = problem.but(keys=problem.tensors["keys"][0].expand(4, 12, 8))
+    expected = shared.but(keys=shared.tensors["keys"].contiguous()).results(ops, backend="cpu")
+    for name, result in shared.results(ops, backend="cpu").items():
+        assert torch.equal(result, expected[name]), name
+
+
+# Edges.
+
+
+@each_backend
+@each_op
+def test_no_rows_give_nan_and_zero_gradients(op, backend):
+    problem = make(op, 0, 0 if op in SQUARE else 6, 8)
+    results = problem.results(ops, backend=backend)
+    assert results.pop("loss").isnan()
+    for name, grad in results.items():
+        assert grad.abs().sum() == 0, name
+
+
+@each_backend
+@pytest.mark.parametrize("op", [op for op in OPS if op != "linear_cross_entropy"])
+def test_no_problems_give_nan_and_zero_gradients(op, backend):
+    results = make(op, 4, d=8, lead=(0,)).results(ops, backend=backend)
+    assert results.pop("loss").isnan()
+    for name, grad in results.items():
+        assert grad.abs().sum() == 0, name
+
+
+@each_backend
+@each_op
+def test_no_width_is_a_loss_of_equal_logits(op, backend):
+    problem = make(op, 4, d=0)
+    expected = problem.to(torch.float64).loss(reference)
+    assert problem.loss(ops, backend=backend).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("op", ["clip_loss", "info_nce"])
+def test_one_pair_is_certain(op, backend):
+    results = make(op, 1, d=8).results(ops, backend=backend)
+    for name, result in results.items():
+        assert result.abs().max() == 0, name
+
+
+@needs_cpu
+@each_op
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_non_finite_features_spread_as_in_eager(op, value, side):
+    problem = make(op, 60, d=16)
+    name = OPERANDS[op][side]
+    features = problem.tensors[name].clone()
+    features[13, 5] = value
+    problem = problem.but(**{name: features})
+    if op == "info_nce":
+        problem = problem.but(key_mask=None)
+    expected = problem.results(reference)
+    for name, result in problem.results(ops, backend="cpu").items():
+        assert torch.equal(result.isnan(), expected[name].isnan()), name
+
+
+@needs_cpu
+@pytest.mark.parametrize("op", ["clip_loss", "siglip_loss"])
+@pytest.mark.parametrize("argument", ["logit_scale", "logit_bias"])
+def test_nan_scale_or_bias_gives_nan(op, argument):
+    results = make(op, 9, d=8).but(**{argument: torch.tensor(math.nan)}).results(ops, backend="cpu")
+    assert all(result.isnan().all() for result in results.values())
+
+
+@needs_cpu
+def test_tiny_values_do_not_vanish():
+    problem = make("clip_loss", 16, d=8)
+    tiny = {name: problem.tensors[name] * 1e-30 for name in OPERANDS["clip_loss"]}
+    assert_accurate([problem.but(**tiny, logit_scale=torch.tensor(1e30))])
+
+
+# Options.
+
+
+@each_backend
+def test_clip_loss_bias_changes_nothing(backend):
+    problem = make("clip_loss", 33, d=8)
+    without = problem.but(logit_bias=None).loss(ops, backend=backend)
+    assert problem.loss(ops, backend=backend).item() == pytest.approx(without.item(), rel=1e-6)
+    assert problem.results(ops, backend=backend)["gradient of logit_bias"].item() == pytest.approx(0.0, abs=1e-6)
+
+
+@each_backend
+@each_op
+def test_scale_may_be_a_number(op, backend):
+    problem = make(op, 20, d=8)
+    scale = problem.tensors["logit_scale"].item()
+    tensor_loss = problem.loss(ops, backend=backend)
+    assert torch.equal(problem.but(logit_scale=None).loss(ops, backend=backend, logit_scale=scale), tensor_loss)
+
+
+@each_backend
+def test_labels_without_a_match_leave_the_mean(backend):
+    problem = make("multi_positive_loss", 6, 5, 8)
+    image_labels, text_labels = torch.tensor([3, 3, -7, 8, 9, 2**40]), torch.tensor([3, 8, 8, 2**40, 77])
+    problem = problem.but(image_labels=image_labels, text_labels=text_labels)
+    u, v = (problem.tensors[name].double() for name in OPERANDS["multi_positive_loss"])
+    logits = problem.tensors["logit_scale"].double() * u @ v.T
+    p, q = logits.log_softmax(-1), logits.T.log_softmax(-1)
+    images = -(p[0, 0] + p[1, 0] + (p[3, 1] + p[3, 2]) / 2 + p[5, 3]) / 4
+    texts = -((q[0, 0] + q[0, 1]) / 2 + q[1, 3] + q[2, 3] + q[3, 5]) / 4
+    expected = ((images + texts) / 2).item()
+    assert problem.loss(ops, backend=backend).item() == pytest.approx(expected, rel=1e-5)
+
+
+@each_backend
+def test_no_equal_labels_give_nan_and_zero_gradients(backend):
+    problem = make("multi_positive_loss", 6, 5, 8)
+    problem = problem.but(image_labels=torch.arange(6), text_labels=torch.arange(5) + 10)
+    results = problem.results(ops, backend=backend)
+    assert results.pop("loss").isnan()
+    for name, grad in results.items():
+        assert grad.abs().sum() == 0, name
+
+
+@each_backend
+def test_info_nce_default_positives_are_the_first_keys(backend):
+    problem = make("info_nce", 6, 17, 8)
+    first = problem.but(positives=torch.arange(6), key_mask=None)
+    assert torch.equal(first.but(positives=None).loss(ops, backend=backend), first.loss(ops, backend=backend))
+
+
+@each_backend
+def test_info_nce_masked_keys_are_as_good_as_absent(backend):
+    problem = make("info_nce", 6, 17, 8).but(positives=torch.tensor([0, 1, 2, 3, 4, 5]))
+    mask = torch.arange(17) < 9
+    results = problem.but(key_mask=mask).results(ops, backend=backend)
+    keys = problem.tensors["keys"]
+    shorter = problem.but(keys=keys[:9], key_mask=None).results(ops, backend=backend)
+    torch.testing.assert_close(results["loss"], shorter["loss"])
+    torch.testing.assert_close(results["gradient of queries"], shorter["gradient of queries"])
+    assert results["gradient of keys"][9:].abs().max() == 0
+
+
+@each_backend
+def test_info_nce_masked_key_may_hold_anything_but_nan(backend):
+    problem = make("info_nce", 6, 17, 8).but(positives=torch.arange(6), key_mask=torch.arange(17) < 9)
+    keys = problem.tensors["keys"].clone()
+    keys[12] = 1e30
+    results = problem.but(keys=keys).results(ops, backend=backend)
+    expected = problem.results(ops, backend=backend)
+    torch.testing.assert_close(results["loss"], expected["loss"])
+
+
+@each_backend
+def test_info_nce_masked_positive_has_infinite_loss(backend):
+    problem = make("info_nce", 6, 17, 8).but(positives=torch.arange(6), key_mask=torch.arange(17) != 2)
+    losses = problem.loss(ops, backend=backend, reduction="none")
+    assert losses.isinf().tolist() == [False, False, True, False, False, False]
+    assert losses[2] > 0
+
+
+@each_backend
+def test_info_nce_without_a_usable_key_is_nan(backend):
+    problem = make("info_nce", 6, 17, 8).but(key_mask=torch.zeros(17, dtype=torch.bool))
+    assert problem.loss(ops, backend=backend).isnan()
+
+
+@each_backend
+@pytest.mark.parametrize("op", ["info_nce", "linear_cross_entropy"])
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_reductions_agree(op, lead, backend):
+    problem = make(op, 20, 30, 8, lead=lead, seed=1)
+    each = problem.loss(ops, backend=backend, reduction="none")
+    assert each.shape == (*lead, 20)
+    counted = problem.options["targets"] != -100 if op == "linear_cross_entropy" else torch.ones(*lead, 20, dtype=bool)
+    assert each[~counted].abs().sum() == 0
+    assert problem.loss(ops, backend=backend, reduction="sum").item() == pytest.approx(each.sum().item(), rel=1e-5)
+    assert problem.loss(ops, backend=backend).item() == pytest.approx(each[counted].mean().item(), rel=1e-5)
+
+
+@needs_cpu
+@pytest.mark.parametrize("op", ["info_nce", "linear_cross_entropy"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_other_reductions_are_as_accurate_as_eager(op, reduction, compute_dtype):
+    problems = [make(op, 77, 130, 33, seed=seed).but(reduction=reduction) for seed in range(DRAWS)]
+    upstream = row_gradient(problems[0]) if reduction == "none" else 0.37
+    assert_accurate(problems, upstream=upstream, compute_dtype=compute_dtype)
+
+
+@each_backend
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ignore_index_may_be_a_class(smoothing, backend):
+    hidden, weight = (make("info_nce", 12, 5, 8).tensors[name] for name in ("queries", "keys"))
+    targets = torch.arange(12) % 5
+    loss = ops.linear_cross_entropy(
+        hidden, weight, targets, ignore_index=3, label_smoothing=smoothing, backend=backend
+    )
+    expected = F.cross_entropy(hidden @ weight.T, targets, ignore_index=3, label_smoothing=smoothing)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@each_backend
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_all_targets_ignored_give_nan_and_zero_gradients(smoothing, backend):
+    problem = make("linear_cross_entropy", 12, 5, 8)
+    problem = problem.but(targets=torch.full((12,), -100), label_smoothing=smoothing)
+    results = problem.results(ops, backend=backend)
+    assert results.pop("loss").isnan()
+    for name, grad in results.items():
+        assert grad.abs().sum() == 0, name
+
+
+@each_backend
+def test_one_hidden_vector(backend):
+    hidden, weight = (make("info_nce", 1, 5, 8).tensors[name] for name in ("queries", "keys"))
+    loss = ops.linear_cross_entropy(hidden[0], weight, torch.tensor(2), backend=backend)
+    assert loss.item() == pytest.approx(F.cross_entropy(hidden @ weight.T, torch.tensor([2])).item(), rel=1e-5)
+
+
+@each_backend
+@each_op
+def test_loss_is_float32_for_half_precision_features(op, backend):
+    problem = make(op, 9, d=8)
+    half = problem.but(**{name: problem.tensors[name].bfloat16() for name in OPERANDS[op]})
+    results = half.results(ops, backend=backend)
+    assert results["loss"].dtype == torch.float32
+    for name in OPERANDS[op]:
+        assert results[f"gradient of {name}"].dtype == torch.bfloat16
+    assert results["gradient of logit_scale"].dtype == torch.float32
+
+
+@each_op
+def test_float64_stays_float64(op):
+    results = make(op, 9, d=8).to(torch.float64).results(ops)
+    assert all(result.dtype == torch.float64 for result in results.values())

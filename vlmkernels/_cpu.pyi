@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of the native module `_cpu` (csrc/bindings/cpu_module.cpp and the families' files beside it)."""
+
+class Error(RuntimeError): ...
+
+class ContrastiveCall:
+    def __init__(
+        self,
+        *,
+        q: tuple[int, int, int, int, int],
+        k: tuple[int, int, int, int, int],
+        batch: int,
+        n: int,
+        m: int,
+        d: int,
+        sigmoid: bool = False,
+        columns: bool = False,
+        bf16: bool = False,
+        reduction: int = 0,
+        scale: float = 1.0,
+        logit_bias: float = 0.0,
+        smoothing: float = 0.0,
+        positives: int = 0,
+        row_labels: int = 0,
+        col_labels: int = 0,
+        key_mask: int = 0,
+        key_bias: int = 0,
+        loss: int = 0,
+        row_lse: int = 0,
+        col_lse: int = 0,
+        saved: int = 0,
+        grad_loss: int = 0,
+        grad_q: int = 0,
+        grad_k: int = 0,
+        grad_scale: int = 0,
+        grad_logit_bias: int = 0,
+        grad_key_bias: int = 0,
+    ) -> None: ...
+    def workspace(self, one_pass: bool, threads: int) -> int: ...
+
+def isa() -> str: ...
+def isa_levels() -> list[str]: ...
+def cpu_brand() -> str: ...
+def use_openmp(path: str) -> bool: ...
+def openmp_path() -> str: ...
+def forked_from_threads() -> bool: ...
+def peak(kind: str, seconds: float, threads: int) -> float: ...
+def engine_rate(kind: str, m: int, n: int, depth: int, seconds: float, threads: int) -> float: ...
+def contrastive_forward(call: ContrastiveCall, workspace: int, threads: int) -> None: ...
+def contrastive_backward(call: ContrastiveCall, workspace: int, threads: int) -> None: ...
+def contrastive_one_pass(call: ContrastiveCall, workspace: int, threads: int) -> None: ...

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reference models, their registry and their checkpoints. Names only."""
+
+from vlmkernels.models._layouts import convert_state_dict
+from vlmkernels.models._registry import create, list_models, pretrained_dir, register_model
+from vlmkernels.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from vlmkernels.models.weights import (
+    infer_config,
+    load_checkpoint,
+    load_state_dict_file,
+    save_pretrained,
+)
+
+__all__ = [
+    "CLIP",
+    "CLIPConfig",
+    "TextConfig",
+    "VisionConfig",
+    "convert_state_dict",
+    "create",
+    "infer_config",
+    "list_models",
+    "load_checkpoint",
+    "load_state_dict_file",
+    "pretrained_dir",
+    "register_model",
+    "save_pretrained",
+]

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry of models: names, builders, and where the weights that ship with the package lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+__all__ = ["create", "list_models", "pretrained_dir", "register_model"]
+
+_Builder = TypeVar("_Builder", bound=Callable[..., nn.Module])
+_MODELS: dict[str, tuple[str, Callable[..., nn.Module]]] = {}
+_WEIGHTS = Path(__file__).parent / "weights"
+
+
+def _key(name: str) -> str:
+    # "ViT-L/14@336px" and "ViT-L-14-336" are the same model.
+    return name.lower().replace("/", "-").replace("@", "-").removesuffix("px")
+
+
+def register_model(name: str) -> Callable[[_Builder], _Builder]:
+    """Returns a decorator that enters a builder, called as `builder(**overrides)`, under a name.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+
+    def decorate(builder: _Builder) -> _Builder:
+        known = _MODELS.get(_key(name))
+        if known is not None and known[1].__module__ != builder.__module__:
+            raise ValueError(f"register_model: {name!r} is already registered by {known[1].__module__}")
+        _MODELS[_key(name)] = (name, builder)
+        return builder
+
+    return decorate
+
+
+def list_models() -> list[str]:
+    """Returns the names that `create` knows, sorted."""
+    return sorted((name for name, _ in _MODELS.values()), key=str.lower)
+
+
+def pretrained_dir(name: str) -> Path:
+    """Returns the folder in which the pretrained weights of model `name` ship (it need not exist)."""
+    return _WEIGHTS / _key(name)
+
+
+def create(name: str, pretrained: bool = False, **overrides: Any) -> nn.Module:
+    """Builds a model by name, in eval mode.
+
+    Args:
+        name: One of `list_models()`; "/" and "@" may stand for "-", as in "ViT-L/14@336px".
+        pretrained: Load the weights that ship with the package instead of initialising. Nothing is
+            downloaded; weights of your own are loaded by `load_checkpoint`.
+        **overrides: Fields of the model's configuration; dicts merge into nested configurations, as in
+            `create("ViT-B-32", embed_dim=256, vision={"layers": 6})`.
+
+    Returns:
+        The module in eval mode.
+
+    Raises:
+        ValueError: If the name, or an override, is unknown.
+        FileNotFoundError: If pretrained weights are asked for and none ship for this model.
+
+    Example:
+        >>> import vlmkernels as vk
+        >>> model = vk.models.create("emoji-clip", text={"layers": 2})
+        >>> len(model.transformer.resblocks)
+        2
+    """
+    if _key(name) not in _MODELS:
+        raise ValueError(f"create: expected one of {list_models()}, got {name!r}")
+    if pretrained:
+        folder = pretrained_dir(name)
+        if not (folder / "model.safetensors").is_file():
+            raise FileNotFoundError(
+                f"create: no pretrained weights of {name!r} ship with this installation (looked for "
+                f"{folder / 'model.safetensors'}); load your own with vk.models.load_checkpoint(path)"
+            )
+        from vlmkernels.models.weights import load_checkpoint
+
+        return load_checkpoint(folder, **overrides)
+    return _MODELS[_key(name)][1](**overrides).eval()

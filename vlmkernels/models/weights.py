@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of CLIP models: reading, recognising, saving. Pickled code is never executed.
+
+The package's own folder holds `model.safetensors`, `config.json` and, where there is one, `tokenizer.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmkernels.models._layouts import EXTRAS, convert_state_dict, layer_indices, strip_wrappers, to_openai
+from vlmkernels.models._torchscript import is_torchscript, read_torchscript
+from vlmkernels.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+
+__all__ = ["infer_config", "load_checkpoint", "load_state_dict_file", "save_pretrained"]
+
+_LOG = logging.getLogger(__name__)
+_FORMAT = "vlmkernels"
+# Names that mark a file as part of a folder with its configuration, in order of preference.
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
+# open_clip's largest image towers have heads wider than 64; a state dict does not say so.
+_WIDE_HEADS = {1280: 16, 1408: 16, 1664: 16}
+
+
+def infer_config(state_dict: dict[str, Tensor], *, act: str) -> CLIPConfig:
+    """Infers the configuration of a published CLIP from its weights.
+
+    Heads are width / 64, except in open_clip's three widest image towers (1280, 1408, 1664: 16 heads).
+
+    Args:
+        state_dict: Weights in any known layout.
+        act: Activation of the MLPs, which the weights do not tell.
+
+    Raises:
+        ValueError: If the layout is not recognised, or is our convolutional stem, which needs its
+            config.json.
+    """
+    openai = convert_state_dict(state_dict, to="openai")
+    if "visual.proj" in openai:
+        vision = _infer_vit(openai)
+        embed_dim = openai["visual.proj"].shape[1]
+    elif "visual.attnpool.c_proj.weight" in openai:
+        depths = tuple(len(layer_indices(openai, f"visual.layer{stage}.")) for stage in (1, 2, 3, 4))
+        size = 32 * math.isqrt(openai["visual.attnpool.positional_embedding"].shape[0] - 1)
+        vision = VisionConfig(size, depths, openai["visual.layer1.0.conv1.weight"].shape[0])  # type: ignore[arg-type]
+        embed_dim = openai["visual.attnpool.c_proj.weight"].shape[0]
+    else:
+        raise ValueError(
+            "infer_config: the image tower has neither visual.proj (ViT) nor visual.attnpool (ResNet)"
+        )
+    vocab_size, width = openai["token_embedding.weight"].shape
+    layers = layer_indices(openai, "transformer.resblocks.")
+    text = TextConfig(
+        vocab_size=vocab_size,
+        context_length=openai["positional_embedding"].shape[0],
+        width=width,
+        layers=len(layers),
+        mlp_width=_mlp_width(openai, "transformer.", width),
+    )
+    bias = openai.get("logit_bias")
+    return CLIPConfig(embed_dim, vision, text, act=act, init_logit_bias=None if bias is None else float(bias))
+
+
+def _infer_vit(openai: dict[str, Tensor]) -> VisionConfig:
+    if "visual.conv1.weight" not in openai:
+        raise ValueError(
+            "infer_config: a convolutional stem cannot be inferred; keep config.json beside the weights"
+        )
+    width, _, patch, _ = openai["visual.conv1.weight"].shape
+    has_class = "visual.class_embedding" in openai
+    grid = math.isqrt(openai["visual.positional_embedding"].shape[0] - has_class)
+    return VisionConfig(
+        image_size=grid * patch,
+        layers=len(layer_indices(openai, "visual.transformer.resblocks.")),
+        width=width,
+        patch_size=patch,
+        heads=_WIDE_HEADS.get(width),
+        mlp_width=_mlp_width(openai, "visual.transformer.", width),
+        pool="class" if has_class else "mean",
+    )
+
+
+def _mlp_width(openai: dict[str, Tensor], tower: str, width: int) -> int | None:
+    weight = openai.get(f"{tower}resblocks.0.mlp.c_fc.weight")
+    return None if weight is None or weight.shape[0] == 4 * width else weight.shape[0]
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> CLIP:
+    """Loads a CLIP from a file or a folder, in eval mode.
+
+    Recognised: our folders; OpenAI's archives (TorchScript) and state dicts; open_clip files and folders,
+        custom text
+    layout and training checkpoints included; transformers `CLIPModel` folders and files. Containers:
+    safetensors (also sharded), pickles that hold nothing but tensors, TorchScript archives (only their
+    tensors are read; their code is neither loaded nor run).
+
+    The activation is not part of the weights. It is taken from the configuration beside them (ours,
+    open_clip's, transformers'); OpenAI's archives mean "quick_gelu". Where nothing says, "gelu" is assumed
+    and logged as a warning: pass `act="quick_gelu"` for weights that descend from OpenAI's.
+
+    Args:
+        path: File or folder.
+        device: Where to put the model.
+        dtype: Dtype of the weights, whatever the file holds.
+        **overrides: Fields of `CLIPConfig`, as in `create`. Another `vision={"image_size": ...}` resizes the
+            position embeddings (bicubic, antialiased); a smaller `text={"context_length": ...}` cuts the
+            text's.
+
+    Returns:
+        The model in eval mode, with `tokenizer_state` set where a tokenizer.json lies beside the weights.
+
+    Raises:
+        FileNotFoundError: If the path, or weights in the folder, do not exist.
+        ValueError: If the file is no CLIP checkpoint, holds code, or does not fit its configuration.
+    """
+    path = Path(path)
+    state_dict, metadata = load_state_dict_file(path)
+    state_dict = strip_wrappers(state_dict)
+    folder = path if path.is_dir() else path.parent if path.name in _WEIGHT_FILES else None
+    config = _read_config(path, folder, metadata, state_dict, act=overrides.get("act")).override(**overrides)
+    openai = _fit_shapes(to_openai(state_dict), config)
+    with torch.device("meta"):
+        model = CLIP(config)
+    _check_names(path, model.state_dict(), openai)
+    openai = {
+        name: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+        for name, value in openai.items()
+    }
+    model.load_state_dict(openai, strict=True, assign=True)
+    if folder is not None:
+        model.tokenizer_state = _read_json(folder / "tokenizer.json")
+    return model.eval()
+
+
+def _check_names(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    for name in list(wanted):
+        # Weights saved before torch counted batches have no counter; it is not used.
+        if name.endswith(".num_batches_tracked") and name not in found:
+            found[name] = torch.zeros((), dtype=torch.int64)
+    missing = [name for name in wanted if name not in found]
+    unknown = [name for name in found if name not in wanted]
+    if missing or unknown:
+        raise ValueError(
+            f"load_checkpoint: {path} does not fit its configuration: missing {missing[:5]}, "
+            f"unexpected {unknown[:5]}"
+        )
+    for name, value in wanted.items():
+        if value.shape != found[name].shape:
+            raise ValueError(
+                f"load_checkpoint: {path}: {name} is {list(found[name].shape)}, the configuration wants "
+                f"{list(value.shape)}"
+            )
+
+
+def _fit_shapes(openai: dict[str, Tensor], config: CLIPConfig) -> dict[str, Tensor]:
+    """Resizes the image positions, cuts the text positions, and makes scalars 0-d."""
+    out = dict(openai)
+    for name in ("logit_scale", "logit_bias"):
+        if name in out and out[name].numel() == 1:
+            out[name] = out[name].reshape(())
+    if config.init_logit_bias is None:
+        out.pop("logit_bias", None)
+    name = (
+        "visual.attnpool.positional_embedding" if config.vision.is_resnet else "visual.positional_embedding"
+    )
+    has_class = config.vision.is_resnet or config.vision.pool == "class"
+    if name in out:
+        out[name] = _resize_positions(out[name], config.vision.grid, has_class)
+    text = out["positional_embedding"]
+    if text.shape[0] > config.text.context_length:
+        out["positional_embedding"] = text[: config.text.context_length].clone()
+    return out
+
+
+def _resize_positions(positions: Tensor, grid: int, has_class: bool) -> Tensor:
+    first, patches = positions[:has_class], positions[has_class:]
+    old = math.isqrt(patches.shape[0])
+    if old == grid or old * old != patches.shape[0]:
+        return positions
+    image = patches.float().t().reshape(1, -1, old, old)
+    image = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([first, image.flatten(2)[0].t().to(positions.dtype)])
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"load_checkpoint: {path} is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"load_checkpoint: {path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _read_config(
+    path: Path, folder: Path | None, metadata: dict[str, str], state_dict: dict[str, Tensor], act: str | None
+) -> CLIPConfig:
+    """Finds the configuration: ours, open_clip's or transformers' beside the weights, or the weights."""
+    beside = (_read_json(folder / "config.json") if folder else None) or {}
+    if beside.get("format") == _FORMAT:
+        return CLIPConfig.from_dict(beside["config"])
+    if "vlmkernels_config" in metadata:
+        return CLIPConfig.from_dict(json.loads(metadata["vlmkernels_config"]))
+    open_clip = _read_json(folder / "open_clip_config.json") if folder else None
+    if open_clip is not None:
+        return _open_clip_config(open_clip["model_cfg"], state_dict)
+    if "vision_config" in beside or beside.get("model_type") == "clip":
+        return _transformers_config(beside, state_dict)
+    if act is None:
+        act = "quick_gelu" if _looks_like_openai(state_dict) else "gelu"
+        if act == "gelu":
+            _LOG.warning(
+                "load_checkpoint: nothing beside the weights in %s says which activation they need; assuming "
+                'gelu (pass act="quick_gelu" for weights that descend from OpenAI\'s)',
+                path,
+            )
+    return infer_config(state_dict, act=act)
+
+
+def _open_clip_config(model: dict[str, Any], state_dict: dict[str, Tensor]) -> CLIPConfig:
+    config = infer_config(state_dict, act="quick_gelu" if model.get("quick_gelu") else "gelu")
+    vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    heads = config.vision.heads
+    if not config.vision.is_resnet and "head_width" in vision:
+        heads = config.vision.width // vision["head_width"]
+    return config.override(vision={"heads": heads}, text={"heads": text.get("heads")})
+
+
+def _transformers_config(hf: dict[str, Any], state_dict: dict[str, Tensor]) -> CLIPConfig:
+    """Reads heads and activation; fields that transformers leaves out have its defaults."""
+    vision, text = hf.get("vision_config") or {}, hf.get("text_config") or {}
+    act = vision.get("hidden_act", "quick_gelu")
+    if act != text.get("hidden_act", "quick_gelu"):
+        raise ValueError(
+            f"load_checkpoint: the towers have different activations: {act} and {text.get('hidden_act')}"
+        )
+    names = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+    config = infer_config(state_dict, act=names.get(act, act))
+    return config.override(
+        vision={"heads": vision.get("num_attention_heads", 12)},
+        text={"heads": text.get("num_attention_heads", 8)},
+    )
+
+
+def _looks_like_openai(state_dict: dict[str, Tensor]) -> bool:
+    """OpenAI's files hold three scalars beside the weights, and half-precision weights with float32 norms."""
+    if any(name in state_dict for name in EXTRAS):
+        return True
+    proj, norm = state_dict.get("text_projection"), state_dict.get("ln_final.weight")
+    return (
+        proj is not None and norm is not None and (proj.dtype, norm.dtype) == (torch.float16, torch.float32)
+    )
+
+
+def load_state_dict_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads the tensors of a checkpoint file or folder without executing anything in it.
+
+    Args:
+        path: A safetensors file, a torch pickle that loads with `weights_only=True` (a state dict, or a
+            training checkpoint with one under "state_dict" or "model"), a TorchScript archive, or a folder
+            with one of model.safetensors, open_clip_model.safetensors, pytorch_model.bin,
+            open_clip_pytorch_model.bin or an index of safetensors shards.
+
+    Returns:
+        The tensors by name, on CPU, and the metadata of a safetensors file.
+
+    Raises:
+        FileNotFoundError: If the path, or weights in the folder, do not exist.
+        ValueError: If the file holds anything but tensors and plain values.
+    """
+    path = Path(path)
+    if path.is_dir():
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            return _read_shards(index), {}
+        files = [path / name for name in _WEIGHT_FILES if (path / name).is_file()]
+        if not files:
+            raise FileNotFoundError(f"load_checkpoint: {path} holds none of {', '.join(_WEIGHT_FILES)}")
+        path = files[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"load_checkpoint: no such file or folder: {path}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if is_torchscript(path):
+        return read_torchscript(path), {}
+    return _read_pickle(path), {}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"load_checkpoint: {path} is no valid safetensors file: {error}") from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    state_dict: dict[str, Tensor] = {}
+    for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+        if Path(name).name != name:
+            raise ValueError(f"load_checkpoint: {index} names a shard outside its folder: {name!r}")
+        state_dict.update(_read_safetensors(index.parent / name)[0])
+    return state_dict
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"load_checkpoint: {path} holds more than tensors, and pickled code is never executed here. If "
+            "you trust the file, load it with torch.load(path, weights_only=False) and save its state dict "
+            "with safetensors.torch.save_file"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(
+            f"load_checkpoint: {path} is neither safetensors nor a torch file: {error}"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise ValueError(f"load_checkpoint: {path} holds a {type(content).__name__}, expected a state dict")
+    state_dict = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not state_dict:
+        raise ValueError(f"load_checkpoint: {path} holds no tensors at its top level")
+    return state_dict
+
+
+def save_pretrained(
+    model: CLIP,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Saves a model as `model.safetensors`, `config.json` and `tokenizer.json`, each replaced atomically.
+
+    Args:
+        model: The model.
+        folder: Created where it does not exist; other files in it stay.
+        tokenizer: Anything with `save(path)`; None = the tokenizer that came with the model, if any.
+        dtype: Dtype of the stored floating tensors; None = as they are.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: If the model has no `config` to save.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, CLIPConfig):
+        raise TypeError(f"save_pretrained: expected a CLIP with a CLIPConfig, got {type(model).__name__}")
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, value in model.state_dict().items():
+        value = value.detach().to(
+            device="cpu", dtype=dtype if dtype and value.is_floating_point() else value.dtype
+        )
+        tensors[name] = value.contiguous()
+    # A file alone is loadable too: it carries its configuration. One entry only, because safetensors writes
+    # several in random order and equal models should give equal files.
+    metadata = {"vlmkernels_config": json.dumps(config.to_dict())}
+    _replace(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=metadata))
+    if tokenizer is not None:
+        _replace(folder / "tokenizer.json", tokenizer.save)
+    elif model.tokenizer_state is not None:
+        text = json.dumps(model.tokenizer_state, ensure_ascii=False)
+        _replace(folder / "tokenizer.json", lambda path: path.write_text(text, encoding="utf-8"))
+    text = json.dumps({"format": _FORMAT, "version": 1, "config": config.to_dict()}, indent=2) + "\n"
+    _replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    return folder
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Writes through a temporary sibling, so that a reader or a kill never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

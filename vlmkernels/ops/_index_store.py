@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a FlatIndex keeps: segments of encoded rows, immutable snapshots of them, and the file they are saved in.
+
+**Snapshots.** A reader takes one `Snapshot` and never looks back; a writer builds the next one and swaps it in. Rows are
+appended behind the last row that any older snapshot knows, so both may share the buffers. A full segment is never
+copied: the next one is half as large as everything before it, which bounds both the waste and the number of segments.
+
+**File.** The safetensors format, written by hand so that rows stream out segment by segment and come back as views of a
+memory map: eight bytes of header length, a JSON header, raw tensors; wider dtypes first, so that all are aligned.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap as mmap_module
+import os
+import secrets
+import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference.quantized import quantize_rows_int8
+from .reference.topk_scan import Chunk, row_norms
+
+STORAGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+FORMAT = "vlmkernels.flat_index"
+VERSION = "1"
+
+_SMALLEST_SEGMENT = 1024
+# Elements encoded or written at once.
+_BLOCK_ELEMENTS = 2**22
+_ALIGNMENT = 64
+_FILE_DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns a row has.
+
+    Attributes:
+        dim: D.
+        storage: a key of `STORAGE_DTYPES`.
+        exact: whether float32 vectors are kept beside codes that are not float32.
+    """
+
+    dim: int
+    storage: str
+    exact: bool
+
+    @property
+    def keeps_vectors(self) -> bool:
+        return self.exact and self.storage != "float32"
+
+    def columns(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name to dtype and shape of one row, wide dtypes first."""
+        columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"ids": (torch.int64, ())}
+        if self.keeps_vectors:
+            columns["vectors"] = (torch.float32, (self.dim,))
+            columns["residual"] = (torch.float32, ())
+        if self.storage == "int8":
+            columns["scale"] = (torch.float32, ())
+        columns["norm"] = (torch.float32, ())
+        columns["codes"] = (STORAGE_DTYPES[self.storage], (self.dim,))
+        return columns
+
+    def encode(self, vectors: Tensor) -> dict[str, Tensor]:
+        """All columns but the ids of float32 vectors [n, D]."""
+        columns = {}
+        if self.storage == "int8":
+            columns["codes"], columns["scale"] = quantize_rows_int8(vectors)
+        else:
+            columns["codes"] = vectors.to(STORAGE_DTYPES[self.storage])
+        decoded = decode(columns)
+        columns["norm"] = row_norms(vectors if self.exact else decoded)
+        if self.keeps_vectors:
+            columns["vectors"] = vectors
+            distance = row_norms(vectors.double() - decoded.double())
+            # An upper bound has to survive its own rounding to float32.
+            columns["residual"] = (distance * (1 + 1e-6) + torch.finfo(torch.float32).tiny).float()
+        return columns
+
+
+def decode(columns: dict[str, Tensor]) -> Tensor:
+    """float32 vectors of codes: [n, D]."""
+    codes = columns["codes"].float()
+    return codes * columns["scale"].unsqueeze(-1) if "scale" in columns else codes
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Columns of `count` rows; the tensors may be longer.
+
+    Attributes:
+        columns: name to tensor [capacity, ...], see `Layout.columns`.
+        count: rows in use.
+        mapped: whether the columns are views of a file: never written, and not copied into memory to drop rows.
+        kept: int64 [count], the rows of the columns that are left of a mapped segment; None = all.
+    """
+
+    columns: dict[str, Tensor]
+    count: int
+    mapped: bool = False
+    kept: Tensor | None = None
+
+    @property
+    def free(self) -> int:
+        return 0 if self.mapped else self.columns["ids"].shape[0] - self.count
+
+    def slice(self, start: int, stop: int, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        if self.kept is None:
+            return {name: self.columns[name][start:stop] for name in names or self.columns}
+        return self.pick(torch.arange(start, stop, device=self.kept.device), names)
+
+    def pick(self, rows: Tensor, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        rows = rows if self.kept is None else self.kept[rows]
+        return {name: self.columns[name].index_select(0, rows) for name in names or self.columns}
+
+    def ids(self) -> Tensor:
+        return self.columns["ids"][: self.count] if self.kept is None else self.columns["ids"][self.kept]
+
+    def without(self, dropped: Tensor) -> Segment:
+        """A segment that lacks the rows `dropped` (bool [count])."""
+        rows = (~dropped).nonzero().squeeze(1)
+        if self.mapped:
+            return Segment(self.columns, rows.numel(), True, rows if self.kept is None else self.kept[rows])
+        return Segment(self.pick(rows), rows.numel())
+
+    def to(self, device: torch.device) -> Segment:
+        if self.columns["ids"].device == device:
+            return self
+        return Segment({name: x.to(device) for name, x in self.slice(0, self.count).items()}, self.count)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One state of an index; immutable.
+
+    Attributes:
+        layout: the columns.
+        device: of all tensors.
+        segments: rows in order of position.
+        last_id: the largest id there has ever been, -1 at first.
+        runs: `(ids ascending, their positions)` pairs that together hold every id; None while ids ascend with the
+            position, when the segments themselves can be searched.
+    """
+
+    layout: Layout
+    device: torch.device
+    segments: tuple[Segment, ...] = ()
+    last_id: int = -1
+    runs: tuple[tuple[Tensor, Tensor], ...] | None = None
+    count: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", sum(s.count for s in self.segments))
+
+    def ids(self) -> Tensor:
+        """All ids in order of position, a copy."""
+        empty = torch.empty(0, dtype=torch.int64, device=self.device)
+        return torch.cat([empty, *(s.ids() for s in self.segments)])
+
+    def find(self, ids: Tensor) -> Tensor:
+        """Positions of ids, -1 where there is none: int64 [n] -> int64 [n]."""
+        positions = torch.full_like(ids, -1)
+        start = 0
+        for known, where in self.runs if self.runs is not None else ((s.ids(), None) for s in self.segments):
+            if known.numel():
+                slot = torch.searchsorted(known, ids).clamp(max=known.numel() - 1)
+                hit = known[slot] == ids
+                positions[hit] = slot[hit] + start if where is None else where[slot[hit]]
+                start += known.numel()
+        return positions
+
+    def append(self, vectors: Tensor, ids: Tensor) -> Snapshot:
+        """The state with rows added; `ids` are new and distinct. Writes behind the rows of this state."""
+        segments = list(self.segments)
+        done, total = 0, ids.numel()
+        block = max(1, _BLOCK_ELEMENTS // self.layout.dim)
+        while done < total:
+            if not segments or segments[-1].free == 0:
+                capacity = max(total - done, self.count // 2, _SMALLEST_SEGMENT)
+                segments.append(self._new_segment(capacity))
+            last = segments[-1]
+            n = min(total - done, last.free, block)
+            part = slice(done, done + n)
+            encoded = self.layout.encode(vectors[part]) | {"ids": ids[part]}
+            for name, column in last.columns.items():
+                column[last.count : last.count + n] = encoded[name]
+            segments[-1] = Segment(last.columns, last.count + n)
+            done += n
+        last_id = max(self.last_id, int(ids.max()))
+        return Snapshot(self.layout, self.device, tuple(segments), last_id, self._extended_runs(ids))
+
+    def without(self, positions: Tensor) -> Snapshot:
+        """The state that lacks the rows at `positions`; the rest moves up."""
+        dropped = torch.zeros(self.count, dtype=torch.bool, device=positions.device)
+        dropped[positions] = True
+        segments = []
+        for segment, part in zip(self.segments, dropped.split([s.count for s in self.segments]), strict=True):
+            remaining = segment.without(part) if bool(part.any()) else segment
+            if remaining.count:
+                segments.append(remaining)
+        runs = None
+        if self.runs is not None:
+            runs = (tuple(torch.cat([positions.new_empty(0), *(s.ids() for s in segments)]).sort()),)
+        return Snapshot(self.layout, self.device, tuple(segments), self.last_id, runs)
+
+    def to(self, device: torch.device) -> Snapshot:
+        segments = tuple(s.to(device) for s in self.segments)
+        runs = self.runs
+        if runs is not None:
+            runs = tuple((known.to(device), where.to(device)) for known, where in runs)
+        return Snapshot(self.layout, device, segments, self.last_id, runs)
+
+    def _new_segment(self, capacity: int) -> Segment:
+        columns = {
+            name: torch.empty((capacity, *shape), dtype=dtype, device=self.device)
+            for name, (dtype, shape) in self.layout.columns().items()
+        }
+        return Segment(columns, 0)
+
+    def _extended_runs(self, ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...] | None:
+        ascending = int(ids[0]) > self.last_id and bool((ids[1:] > ids[:-1]).all())
+        if self.runs is None and ascending:
+            return None
+        if self.runs is not None:
+            runs = list(self.runs)
+        else:
+            known = self.ids()
+            runs = [(known, torch.arange(known.numel(), device=self.device))] if known.numel() else []
+        known, order = ids.sort()
+        runs.append((known, order + self.count))
+        # Runs of like size merge, so an id is sorted O(log) times, however small the batches.
+        while len(runs) > 1 and runs[-2][0].numel() <= 2 * runs[-1][0].numel():
+            (a, b), (c, d) = runs.pop(), runs.pop()
+            known, order = torch.cat([a, c]).sort()
+            runs.append((known, torch.cat([b, d])[order]))
+        return tuple(runs)
+
+
+class IndexRows:
+    """The rows of a snapshot, or those at `positions` (int64 [m], ascending), for the scan. Labels are ids."""
+
+    def __init__(self, snapshot: Snapshot, positions: Tensor | None = None) -> None:
+        self.count = snapshot.count if positions is None else positions.numel()
+        self.width = snapshot.layout.dim
+        self.labels_ascend = snapshot.runs is None
+        self._layout = snapshot.layout
+        self._segments = snapshot.segments
+        self._positions = positions
+
+    def chunk(self, start: int, stop: int) -> Chunk:
+        names = tuple(name for name in self._layout.columns() if name not in ("ids", "vectors"))
+        if self._positions is not None:
+            columns = self._pick(self._positions[start:stop], names)
+        else:
+            pieces, first = [], 0
+            for segment in self._segments:
+                begin, end = max(start - first, 0), min(stop - first, segment.count)
+                if begin < end:
+                    pieces.append(segment.slice(begin, end, names))
+                first += segment.count
+            columns = {
+                name: pieces[0][name] if len(pieces) == 1 else torch.cat([p[name] for p in pieces])
+                for name in names
+            }
+        return Chunk(columns["codes"], columns["norm"], columns.get("scale"), columns.get("residual"))
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The vectors that are ranked: float32 ones where they are kept, else the decoded codes."""
+        positions = rows if self._positions is None else self._positions[rows]
+        if self._layout.keeps_vectors:
+            return self._pick(positions, ("vectors",))["vectors"]
+        names = ("codes", "scale") if self._layout.storage == "int8" else ("codes",)
+        return decode(self._pick(positions, names))
+
+    def labels(self, rows: Tensor) -> Tensor:
+        return self._pick(rows if self._positions is None else self._positions[rows], ("ids",))["ids"]
+
+    def _pick(self, positions: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        if len(self._segments) == 1:
+            return self._segments[0].pick(positions, names)
+        result = {}
+        for name in names:
+            dtype, shape = self._layout.columns()[name]
+            result[name] = torch.empty((positions.numel(), *shape), dtype=dtype, device=positions.device)
+        first = 0
+        for segment in self._segments:
+            here = ((positions >= first) & (positions < first + segment.count)).nonzero().squeeze(1)
+            if here.numel():
+                for name, x in segment.pick(positions[here] - first, names).items():
+                    result[name][here] = x
+            first += segment.count
+        return result
+
+
+def write_file(path: Path, snapshot: Snapshot, metadata: dict[str, str]) -> None:
+    """Write a snapshot beside `path` and put it in place in one step; whatever goes wrong, an old file stays whole."""
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": VERSION, **metadata}}
+    offset = 0
+    for name, (dtype, shape) in snapshot.layout.columns().items():
+        full = (snapshot.count, *shape)
+        size = dtype.itemsize * torch.Size(full).numel()
+        header[name] = {
+            "dtype": _FILE_DTYPES[dtype],
+            "shape": list(full),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in snapshot.layout.columns():
+                file.writelines(_blocks(snapshot, name))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        # Without this a crash of the machine may undo the rename, though never tear the file.
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _blocks(snapshot: Snapshot, name: str) -> Iterator[memoryview]:
+    """The bytes of a column."""
+    step = max(1, _BLOCK_ELEMENTS // snapshot.layout.dim)
+    for segment in snapshot.segments:
+        for start in range(0, segment.count, step):
+            block = segment.slice(start, min(start + step, segment.count), (name,))[name]
+            yield memoryview(block.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def read_file(path: Path, mmap: bool) -> tuple[Snapshot, dict[str, str]]:
+    """The snapshot in a file, and its metadata.
+
+    Raises:
+        ValueError: the file is no index, is of a later version, or is cut short.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        text = file.read(length) if length <= size - 8 else b""
+    try:
+        header = json.loads(text)
+        metadata = header["__metadata__"]
+        known = metadata["format"] == FORMAT
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"vk.FlatIndex.load: {path} is not a file that FlatIndex.save wrote")
+    if metadata["version"] != VERSION:
+        raise ValueError(
+            f"vk.FlatIndex.load: {path} has version {metadata['version']}, this release reads version {VERSION}"
+        )
+    layout = Layout(int(metadata["dim"]), metadata["storage"], metadata["exact"] == "true")
+    start = 8 + length
+    end = start + max(header[name]["data_offsets"][1] for name in layout.columns())
+    if end > size:
+        raise ValueError(f"vk.FlatIndex.load: {path} is cut short: {size} bytes, expected {end}")
+
+    file_bytes = _map(path)
+    columns = {}
+    for name, (dtype, _) in layout.columns().items():
+        begin, end = header[name]["data_offsets"]
+        column = file_bytes[start + begin : start + end].view(dtype).view(header[name]["shape"])
+        columns[name] = column if mmap else column.clone()
+    count = columns["ids"].shape[0]
+    segments = (Segment(columns, count, mapped=mmap),) if count else ()
+    runs = None
+    if metadata["ids_ascend"] != "true" and count:
+        runs = (tuple(columns["ids"].sort()),)
+    return Snapshot(layout, torch.device("cpu"), segments, int(metadata["last_id"]), runs), metadata
+
+
+def _map(path: Path) -> Tensor:
+    """The file's bytes, read-only. torch.from_file maps them writable, which counts against the machine's memory."""
+    with open(path, "rb") as file:
+        mapping = mmap_module.mmap(file.fileno(), 0, access=mmap_module.ACCESS_READ)
+    with warnings.catch_warnings():
+        # Torch warns that writing to such a tensor is undefined; a mapped segment is never written.
+        warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
+        return torch.frombuffer(mapping, dtype=torch.uint8)

@@ -1,0 +1,581 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention: the public functions, the registered ops and their gradients.
+
+Not here: the arithmetic (`reference/attention.py` and the backends' own files).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmkernels.ops import _check, dispatch
+from vlmkernels.ops._library import differentiate, follow_autocast, like_inputs, no_autocast, register_op
+from vlmkernels.ops.reference import attention as reference
+
+__all__ = ["attention", "attention_qkvpacked", "attention_varlen", "scaled_dot_product_attention"]
+
+
+def attention(
+    q: Tensor,  # [B, Lq, H, D]
+    k: Tensor,  # [B, Lk, Hk, D]
+    v: Tensor,  # [B, Lk, Hk, Dv]
+    *,
+    bias: Tensor | None = None,  # [B|1, H|1, Lq, Lk]
+    key_mask: Tensor | None = None,  # [B, Lk]
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`out = dropout(softmax(scale * q @ k^T + bias)) @ v`, heads after length, any strides.
+
+    Scores are summed in float32 (float64 for float64) and never cast to a half type. A query that sees no
+    key, because `key_mask`, `is_causal` or a `bias` of -inf hides them all, gives 0 and has zero gradient.
+
+    Args:
+        q: queries `[B, Lq, H, D]`, float16, bfloat16, float32 or float64.
+        k: keys `[B, Lk, Hk, D]`; Hk divides H, and query head `h` uses key head `h // (H/Hk)`.
+        v: values `[B, Lk, Hk, Dv]`; Dv is usually D.
+        bias: `[B|1, H|1, Lq, Lk]` in q's dtype or float32, added after the scale; -inf is allowed.
+        key_mask: bool `[B, Lk]`, True = attend.
+        is_causal: query i sees keys `j <= i + Lk - Lq`: aligned to the end, the last query sees all.
+        scale: factor of the scores; None means `D ** -0.5`.
+        dropout_p: probability in [0, 1] with which a weight is dropped. The mask comes from a counter-based
+            generator that torch's default generator seeds: `torch.manual_seed` reproduces it, the backward
+            sees the same.
+        return_lse: also return the log-sum-exp of each query's scores.
+        backend: None chooses; "reference", "cpu", "cuda" or "triton" insists.
+
+    Returns:
+        `[B, Lq, H, Dv]`, contiguous, in q's dtype (autocast's under autocast); with `return_lse` a pair, the
+        second being float32 (float64 for float64) `[B, H, Lq]`, natural logarithm, -inf for a query without a
+        key.
+
+    Raises:
+        TypeError: a dtype is not floating, q, k and v differ in dtype outside autocast, or bias or key_mask
+            has the wrong kind of dtype.
+        ValueError: shapes or devices do not fit together.
+        NotImplementedError: the named backend cannot serve the call; a second derivative or vmap off the
+            reference.
+
+    Gradients reach q, k, v and bias, through out and lse; not key_mask, scale or dropout_p.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 77, 8, 64).unbind(0)
+        >>> vk.attention(q, k, v, is_causal=True).shape
+        torch.Size([2, 77, 8, 64])
+    """
+    return _attention("attention", q, k, v, bias, key_mask, is_causal, scale, dropout_p, return_lse, backend)
+
+
+def attention_qkvpacked(
+    qkv: Tensor,  # [B, L, 3, H, D]
+    *,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention(*qkv.unbind(2))`: self-attention on what one linear layer gives, read where it lies.
+
+    Args:
+        qkv: `[B, L, 3, H, D]`, for example `linear(x).unflatten(-1, (3, H, D))`.
+        bias: as in `attention`, as are the other arguments.
+        key_mask: bool `[B, L]`, True = attend.
+        is_causal: query i sees keys `j <= i`.
+        scale: factor of the scores; None means `D ** -0.5`.
+        dropout_p: probability in [0, 1] with which a weight is dropped.
+        return_lse: also return the log-sum-exp `[B, H, L]`.
+        backend: None chooses; "reference", "cpu", "cuda" or "triton" insists.
+
+    Returns:
+        `[B, L, H, D]`, or a pair with the log-sum-exp.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `attention`.
+
+    Gradients reach qkv and bias.
+
+    Example:
+        >>> qkv = torch.randn(2, 50, 3, 12, 64, requires_grad=True)
+        >>> vk.attention_qkvpacked(qkv).shape
+        torch.Size([2, 50, 12, 64])
+    """
+    op = "attention_qkvpacked"
+    _check.floating(op, "qkv", qkv)
+    _check.ndim(op, "qkv", qkv, 5, "[B, L, 3, H, D]")
+    _check.shape(op, "qkv", qkv, (None, None, 3, None, None), "[B, L, 3, H, D]")
+    q, k, v = qkv.unbind(2)
+    return _attention(op, q, k, v, bias, key_mask, is_causal, scale, dropout_p, return_lse, backend)
+
+
+def attention_varlen(
+    q: Tensor,  # [Tq, H, D]
+    k: Tensor,  # [Tk, Hk, D]
+    v: Tensor,  # [Tk, Hk, Dv]
+    cu_seqlens_q: Tensor,  # [B+1]
+    cu_seqlens_k: Tensor,  # [B+1]
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`out[q0:q1] = attention(q[q0:q1], k[k0:k1], v[k0:k1])` for each of B sequences packed end to end.
+
+    Sequence b has the queries from `q0 = cu_seqlens_q[b]` to `q1 = cu_seqlens_q[b+1]`, and keys likewise.
+    Nothing is read back from a GPU; on the CPU the values of the boundaries are checked.
+
+    Args:
+        q: queries `[Tq, H, D]`, float16, bfloat16, float32 or float64.
+        k: keys `[Tk, Hk, D]`; Hk divides H.
+        v: values `[Tk, Hk, Dv]`.
+        cu_seqlens_q: int32 or int64 `[B+1]` on q's device, rising from 0 to Tq; equal neighbours: empty.
+        cu_seqlens_k: the same for keys. A sequence with queries and no keys gives 0.
+        is_causal: within each sequence, aligned to its end.
+        scale: factor of the scores; None means `D ** -0.5`.
+        dropout_p: probability in [0, 1] with which a weight is dropped, as in `attention`.
+        return_lse: also return the log-sum-exp of each query's scores.
+        backend: None chooses; "reference", "cpu", "cuda" or "triton" insists.
+
+    Returns:
+        `[Tq, H, Dv]`, contiguous, in q's dtype; with `return_lse` a pair, the second float32 `[H, Tq]`.
+
+    Raises:
+        TypeError, ValueError: as `attention`; boundaries that do not rise from 0 to the number of tokens are
+            a ValueError on the CPU, and on a GPU give NaN.
+        NotImplementedError: the named backend cannot serve the call; a second derivative or vmap off the
+            reference.
+
+    Gradients reach q, k and v; the boundaries have none.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 9, 4, 16).unbind(0)
+        >>> ends = torch.tensor([0, 5, 5, 9])
+        >>> vk.attention_varlen(q, k, v, ends, ends).shape
+        torch.Size([9, 4, 16])
+    """
+    op = "attention_varlen"
+    q, k, v = _operands(op, q, k, v)
+    _check.attention(op, q, k, v, layout="[T, H, D]")
+    _check.cu_seqlens(op, q, k, cu_seqlens_q, cu_seqlens_k)
+    _check_options(op, is_causal, scale, dropout_p, return_lse)
+    scores = q.shape[1] * q.shape[0] * k.shape[0]
+    if _check.readable(cu_seqlens_q) and _check.readable(cu_seqlens_k):
+        ends_q = _check.boundaries(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+        ends_k = _check.boundaries(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+        pairs = zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)
+        scores = q.shape[1] * sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in pairs)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    with no_autocast(q.device.type):
+        call = _call(q, k, v, None, None, is_causal, dropout_p, return_lse, scores)
+        name = dispatch.choose(op, call, backend)
+        seed = _seed(dropout_p, q.device)
+        if name == "reference":
+            options = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+            out, lse = reference.attention_varlen(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=return_lse, **options
+            )
+        else:
+            out, lse = _attention_varlen_op(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, seed, is_causal, scale, dropout_p, name
+            )
+    return (out, lse) if return_lse else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,  # [B, H, L, D]
+    key: Tensor,  # [B, Hk, S, D]
+    value: Tensor,  # [B, Hk, S, Dv]
+    attn_mask: Tensor | None = None,  # broadcastable to [B, H, L, S]
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`dropout(softmax(scale * query @ key^T + attn_mask)) @ value`, torch's signature, heads before length.
+
+    A drop-in for `torch.nn.functional.scaled_dot_product_attention`, with its conventions: `is_causal` aligns
+    to the start (query i sees keys `j <= i`), and a bool mask means True = attend. Queries without a key give
+    0.
+
+    Args:
+        query: `[B, H, L, D]`; fewer or more leading dimensions as torch takes them.
+        key: `[B, Hk, S, D]`; Hk = H unless `enable_gqa`.
+        value: `[B, Hk, S, Dv]`.
+        attn_mask: bool, or floating in query's dtype or float32; broadcastable to `[B, H, L, S]`.
+        dropout_p: probability in [0, 1] with which a weight is dropped.
+        is_causal: causal mask aligned to the start; excludes `attn_mask`.
+        scale: factor of the scores; None means `D ** -0.5`.
+        enable_gqa: allow Hk to divide H.
+
+    Returns:
+        `[B, H, L, Dv]` in query's dtype.
+
+    Raises:
+        TypeError: dtypes that do not fit.
+        ValueError: shapes or devices that do not fit, `attn_mask` together with `is_causal`, Hk other than H
+            without `enable_gqa`.
+
+    Gradients reach query, key, value and a floating attn_mask.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 8, 77, 64).unbind(0)
+        >>> vk.scaled_dot_product_attention(q, k, v, is_causal=True).shape
+        torch.Size([2, 8, 77, 64])
+    """
+    op = "scaled_dot_product_attention"
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _check.floating(op, name, x)
+        if x.ndim < 2 or x.ndim != query.ndim:
+            raise ValueError(
+                f"vk.{op}: query, key and value must have the same number of dimensions, at least 2 "
+                f"({_check.shapes(query=query, key=key, value=value)})"
+            )
+    _check.flag(op, "is_causal", is_causal)
+    leading = query.shape[:-2]
+    if not enable_gqa and not leading == key.shape[:-2] == value.shape[:-2]:
+        raise ValueError(
+            f"vk.{op}: query, key and value must agree in all but the last two dimensions, unless enable_gqa "
+            f"allows fewer key heads ({_check.shapes(query=query, key=key, value=value)})"
+        )
+    if attn_mask is not None and is_causal:
+        raise ValueError(
+            f"vk.{op}: attn_mask and is_causal exclude each other; add the causal mask to attn_mask"
+        )
+
+    L, S = query.shape[-2], key.shape[-2]
+    q, k, v = (_with_heads(x).transpose(1, 2) for x in (query, key, value))
+    bias = key_mask = None
+    if attn_mask is not None:
+        bias, key_mask = _split_mask(op, attn_mask, query, S)
+    elif is_causal and L < S:
+        # no query sees the keys past its own length: without them, start and end are aligned alike
+        k, v = k[:, :L], v[:, :L]
+    elif is_causal and L > S:
+        visible = torch.ones(L, S, dtype=torch.bool, device=query.device).tril()
+        bias, is_causal = _as_bias(visible[None, None], query.dtype), False
+    out = _attention(op, q, k, v, bias, key_mask, is_causal, scale, dropout_p, False, None)
+    return out.transpose(1, 2).reshape(*leading, L, value.shape[-1])
+
+
+def _attention(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    return_lse: bool,
+    backend: str | None,
+) -> Any:
+    """Check, choose, call; `op` is the public name that errors speak of."""
+    q, k, v = _operands(op, q, k, v)
+    _check.attention(op, q, k, v, bias=bias, key_mask=key_mask)
+    _check_options(op, is_causal, scale, dropout_p, return_lse)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    with no_autocast(q.device.type):
+        scores = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
+        call = _call(q, k, v, bias, key_mask, is_causal, dropout_p, return_lse, scores)
+        name = dispatch.choose("attention", call, backend)
+        seed = _seed(dropout_p, q.device)
+        if name == "reference":
+            options = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+            out, lse = reference.attention(
+                q, k, v, bias=bias, key_mask=key_mask, return_lse=return_lse, **options
+            )
+        else:
+            out, lse = _attention_op(q, k, v, bias, key_mask, seed, is_causal, scale, dropout_p, name)
+    return (out, lse) if return_lse else out
+
+
+def _operands(op: str, q: Any, k: Any, v: Any) -> tuple[Tensor, Tensor, Tensor]:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check.floating(op, name, x)
+    return follow_autocast(q, k, v)  # type: ignore[return-value]
+
+
+def _check_options(op: str, is_causal: Any, scale: Any, dropout_p: Any, return_lse: Any) -> None:
+    _check.flag(op, "is_causal", is_causal)
+    _check.flag(op, "return_lse", return_lse)
+    _check.probability(op, "dropout_p", dropout_p)
+    if scale is not None:
+        _check.number(op, "scale", scale)
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    return_lse: bool,
+    scores: int,
+) -> dispatch.Call:
+    facts = {
+        "head_dim": q.shape[-1],
+        "value_dim": v.shape[-1],
+        "heads": q.shape[-2],
+        "key_heads": k.shape[-2],
+        "queries": q.shape[-3],
+        "keys": k.shape[-3],
+        "dense_last": q.stride(-1) == 1 and k.stride(-1) == 1 and v.stride(-1) == 1,
+        "bias": bias is not None,
+        "bias_grad": bias is not None and bias.requires_grad,
+        "key_mask": key_mask is not None,
+        "is_causal": is_causal,
+        "dropout": dropout_p > 0.0,
+        "return_lse": return_lse,
+    }
+    return dispatch.Call(q.device.type, q.dtype, facts, scores * max(q.element_size(), 4))
+
+
+def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """Seed of this call's dropout mask, from torch's generator and on its device: nothing is read back."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device) if dropout_p > 0.0 else None
+
+
+def _with_heads(x: Tensor) -> Tensor:
+    """Any number of dimensions as `[B, H, L, D]`: missing ones added, further ones flattened into B."""
+    return x.flatten(0, -4) if x.ndim > 4 else x[(None,) * (4 - x.ndim)]
+
+
+def _split_mask(op: str, mask: Any, query: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:
+    """torch's attn_mask as (bias, key_mask): bool over keys alone stays a mask, everything else is added."""
+    _check.tensor(op, "attn_mask", mask)
+    full = (*query.shape[:-1], keys)
+    missing = len(full) - mask.ndim
+    if missing < 0 or any(m not in (1, f) for m, f in zip(mask.shape, full[missing:], strict=True)):
+        raise ValueError(f"vk.{op}: attn_mask must broadcast to {list(full)}, got {_check.describe(mask)}")
+    aligned = mask[(None,) * max(missing, 4 - mask.ndim)]
+    if aligned.ndim > 4:
+        aligned = aligned.expand(full).flatten(0, -4)
+    queries = query.shape[-2]
+    if mask.dtype == torch.bool:
+        if aligned.shape[1] == aligned.shape[2] == 1:
+            return None, aligned[:, 0, 0].expand(_with_heads(query).shape[0], keys)
+        aligned = _as_bias(aligned, query.dtype)
+    return aligned.expand(*aligned.shape[:2], queries, keys), None
+
+
+def _as_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible and -inf elsewhere, in the dtype of the sums over tensors of `dtype`."""
+    zeros = torch.zeros(visible.shape, dtype=torch.promote_types(dtype, torch.float32), device=visible.device)
+    return zeros.masked_fill(~visible, float("-inf"))
+
+
+# Registered ops. Until a kernel exists every backend name runs the reference, and the backward recomputes it.
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    options = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+    return reference.attention(q, k, v, bias=bias, key_mask=key_mask, **options)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_mask: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    _check.attention("attention", q, k, v, bias=bias, key_mask=key_mask)
+    B, Lq, H, _ = q.shape
+    sums = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(B, Lq, H, v.shape[-1]), q.new_empty(B, H, Lq, dtype=sums)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.options = inputs[6:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:4])
+    if grad_out is None:
+        grad_out = torch.zeros_like(ctx.saved_tensors[6])
+    grads = _attention_backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs)
+    grad_q, grad_k, grad_v, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return (
+        grad_q,
+        grad_k,
+        grad_v,
+        grad_bias,
+        None,  # key_mask
+        None,  # seed
+        None,  # is_causal
+        None,  # scale
+        None,  # dropout_p
+        None,  # backend
+    )
+
+
+def _backward_impl(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    def recompute(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _forward(q, k, v, bias, key_mask, seed, is_causal, scale, dropout_p, backend)
+
+    return differentiate(recompute, (q, k, v, bias), (grad_out, grad_lse), needs)
+
+
+def _backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    return like_inputs((q, k, v, bias), rest[-1])
+
+
+_attention_backward_op = register_op(
+    "attention_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_mask, "
+    "Tensor? seed, Tensor out, Tensor lse, bool is_causal, float scale, float dropout_p, str backend, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    impl=_backward_impl,
+)
+_attention_op = register_op(
+    "attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_mask, Tensor? seed, bool is_causal, "
+    "float scale, float dropout_p, str backend) -> (Tensor out, Tensor lse)",
+    fake=_forward_fake,
+    impl=_forward,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def _varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    options = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+    return reference.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+
+
+def _varlen_fake(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    _check.attention("attention_varlen", q, k, v, layout="[T, H, D]")
+    _check.cu_seqlens("attention_varlen", q, k, cu_seqlens_q, cu_seqlens_k)
+    Tq, H, _ = q.shape
+    sums = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(Tq, H, v.shape[-1]), q.new_empty(H, Tq, dtype=sums)
+
+
+def _varlen_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    if grad_out is None:
+        grad_out = torch.zeros_like(ctx.saved_tensors[6])
+    grads = _attention_varlen_backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs)
+    grad_q, grad_k, grad_v = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return (
+        grad_q,
+        grad_k,
+        grad_v,
+        None,  # cu_seqlens_q
+        None,  # cu_seqlens_k
+        None,  # seed
+        None,  # is_causal
+        None,  # scale
+        None,  # dropout_p
+        None,  # backend
+    )
+
+
+def _varlen_backward_impl(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    def recompute(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return _varlen_forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, seed, is_causal, scale, dropout_p, backend
+        )
+
+    return differentiate(recompute, (q, k, v), (grad_out, grad_lse), needs)
+
+
+def _varlen_backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return like_inputs((q, k, v), rest[-1])
+
+
+_attention_varlen_backward_op = register_op(
+    "attention_varlen_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
+    "Tensor cu_seqlens_k, Tensor? seed, Tensor out, Tensor lse, bool is_causal, float scale, "
+    "float dropout_p, str backend, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    fake=_varlen_backward_fake,
+    impl=_varlen_backward_impl,
+)
+_attention_varlen_op = register_op(
+    "attention_varlen",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seed, bool is_causal, "
+    "float scale, float dropout_p, str backend) -> (Tensor out, Tensor lse)",
+    fake=_varlen_fake,
+    impl=_varlen_forward,
+    setup_context=_setup_context,
+    backward=_varlen_backward,
+)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a training run: one dataclass that the command line, ``params.json`` and `train` share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlmkernels.train.optim import OPTIMIZERS
+
+LOSSES = ("auto", "clip", "siglip", "multi_positive")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    """A field with the sentence that the command line shows."""
+    metadata = {"help": text, **more}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides how a run goes. The defaults train a small CLIP on the bundled emoji in minutes.
+
+    Raises:
+        ValueError: a value makes no sense; the message names it.
+    """
+
+    model: str = _option("emoji-clip", "model to train, one of `vlmkernels info`'s list")
+    model_options: dict[str, Any] = _option(
+        {}, 'fields of the model\'s configuration as JSON, such as {"embed_dim": 128}'
+    )
+    data: str = _option(
+        "emoji", "emoji (bundled), or your own: a folder of pictures, a .csv/.tsv/.jsonl table, or .tar shards"
+    )
+    path_column: str | None = _option(None, "column of a table with the picture (default: found by name)")
+    caption_column: str | None = _option(None, "column of a table with the caption (default: found by name)")
+    val_share: float = _option(0.1, "share of your own pairs that is kept for the evaluation")
+    output: str | None = _option(None, "folder of the run (default: runs/<date-time>)")
+    resume: bool = _option(False, "continue the run in --output from its last checkpoint")
+    epochs: float = _option(60.0, "passes over the data; for emoji, a pass shows every concept once")
+    batch_size: int = _option(256, "captions per step and process")
+    views: int = _option(1, "pictures per caption and step; 2: both training styles of each emoji", choices=(1, 2))
+    optimizer: str = _option("adamw", "optimiser", choices=OPTIMIZERS)
+    lr: float = _option(1e-3, "peak learning rate")
+    weight_decay: float = _option(0.1, "weight decay of the matrices")
+    warmup: float = _option(0.05, "share of the steps in which the learning rate rises")
+    grad_clip: float = _option(1.0, "largest norm of the gradient; 0: no limit")
+    average: float = _option(0.0, "decay of the moving average of the weights that is saved; 0: the weights themselves")
+    loss: str = _option("auto", "auto: clip, or multi_positive where captions repeat in a batch", choices=LOSSES)
+    label_smoothing: float = _option(0.0, "label smoothing of the clip loss")
+    precision: str = _option("auto", "auto: bfloat16 where the processor has it", choices=PRECISIONS)
+    augment: float = _option(1.0, "strength of the augmentation; 0: none")
+    blend: float = _option(0.3, "share of emoji that are a mix of both styles")
+    tones: float = _option(0.25, "share of people and hands shown with a skin tone")
+    vocab_size: int = _option(4096, "size of the vocabulary that is learned from the captions")
+    seed: int = _option(0, "seed of everything random")
+    device: str = _option("cpu", "cpu or cuda")
+    threads: int | None = _option(None, "CPU threads (default: torch's choice)")
+    workers: int = _option(4, "threads that decode your own pictures")
+    memory: float = _option(2.0, "GiB of your own pictures kept decoded; beyond, they are decoded when needed")
+    checkpoint_every: float = _option(60.0, "seconds between checkpoints")
+    log_every: int = _option(10, "steps between lines of results.jsonl")
+    report: bool = _option(True, "write report.html at the end")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            allowed, value = spec.metadata.get("choices"), getattr(self, spec.name)
+            if allowed and value not in allowed:
+                raise ValueError(f"train: {spec.name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        for name in ("epochs", "batch_size", "lr", "log_every", "checkpoint_every", "workers", "memory"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"train: {name} must be positive, got {getattr(self, name)}")
+        for name in ("weight_decay", "grad_clip", "augment"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"train: {name} must not be negative, got {getattr(self, name)}")
+        for name in ("warmup", "blend", "tones"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"train: {name} must lie between 0 and 1, got {getattr(self, name)}")
+        for name in ("average", "label_smoothing", "val_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train: {name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"train: threads must be at least 1, got {self.threads}")
+        if self.resume and self.output is None:
+            raise ValueError("train: resume needs output, the folder of the run to continue")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, fit for JSON and for `from_dict`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Builds the settings from plain values; missing ones take their defaults.
+
+        Raises:
+            ValueError: a name is unknown, or a value makes no sense.
+        """
+        known = {spec.name for spec in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ValueError(f"train: unknown setting {name!r}; known are {', '.join(sorted(known))}")
+        return cls(**values)

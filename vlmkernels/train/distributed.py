@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes: what torchrun's environment says, and the process group that the loss gets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others.
+
+    Attributes:
+        rank: from 0 to ``world_size - 1``.
+        world_size: how many there are.
+        group: what the loss gets; None where this process is alone.
+        device: where this process computes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    group: dist.ProcessGroup | None = None
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or something that sets the same variables, started this process."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+@contextmanager
+def join(device: str = "cpu") -> Iterator[Processes]:
+    """Joins the other processes if there are any, and leaves them at the end.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (nccl, one GPU for each process of a machine).
+
+    Yields:
+        Where this process stands.
+
+    Raises:
+        ValueError: the device is unknown, or "cuda" where there is none.
+    """
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"train: device must be cpu or cuda, got {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train: device is cuda, but torch finds no GPU here")
+    if not under_torchrun():
+        yield Processes(device=torch.device(device))
+        return
+    target = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(target)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, target)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Zero-shot evaluation: retrieval in both directions and classification from prompts, each next to chance.
+
+Ranks come from `vk.topk_similarity`, class probabilities from `vk.zero_shot`; no N x M matrix is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from vlmkernels.ops.topk import topk_similarity, zero_shot
+
+if TYPE_CHECKING:
+    from vlmkernels.data.tokenizer import Tokenizer
+    from vlmkernels.models.clip import CLIP
+
+RECALLS = (1, 5, 10)
+
+TransformImages = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Encoder:
+    """A model in eval mode with its tokenizer: pictures and texts to unit vectors, in batches.
+
+    Attributes:
+        model: a CLIP.
+        tokenizer: its tokenizer.
+        batch_size: how many at once.
+        autocast: a function that makes the context to compute in; None: float32.
+    """
+
+    model: CLIP
+    tokenizer: Tokenizer
+    batch_size: int = 256
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    @torch.no_grad()
+    def images(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Encodes uint8 [N, 3, H, W] to float32 [N, E] of length 1."""
+        from vlmkernels.data.transforms import transform_for
+
+        transform = transform_for(self.model)
+        if not len(pictures):
+            return torch.zeros(0, self.model.config.embed_dim)
+        return self._encode(
+            lambda part: self.model.encode_image(transform(part).to(self._device)), pictures.split(self.batch_size)
+        )
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Encodes texts to float32 [N, E] of length 1."""
+        if not texts:
+            return torch.zeros(0, self.model.config.embed_dim)
+        ids = self.tokenizer(list(texts), self.model.config.text.context_length)
+        return self._encode(
+            lambda part: self.model.encode_text(trim(part, self.tokenizer.end_id).to(self._device)),
+            ids.split(self.batch_size),
+        )
+
+    def prompts(self, names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+        """Encodes every name in every template: [C, P, E]."""
+        features = [self.texts([template.format(name) for name in names]) for template in templates]
+        return torch.stack(features, 1)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    def _encode(self, encode: Callable[[torch.Tensor], torch.Tensor], parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.autocast():
+                features = [encode(part) for part in parts]
+            return torch.cat([F.normalize(f.float(), dim=-1) for f in features])
+        finally:
+            self.model.train(was_training)
+
+
+def trim(ids: torch.Tensor, end_id: int) -> torch.Tensor:
+    """Cuts the columns that are padding in every row of ids [N, L]; a causal text tower gives the same features."""
+    ends = (ids == end_id).int().argmax(1)
+    return ids[:, : int(ends.max()) + 1] if len(ids) else ids
+
+
+def average_prompts(prompts: torch.Tensor) -> torch.Tensor:
+    """Turns [C, P, E] unit vectors into one unit vector per class, [C, E]."""
+    return F.normalize(prompts.mean(1), dim=-1)
+
+
+@dataclass
+class Retrieval:
+    """Recall at 1, 5 and 10 in one direction.
+
+    Attributes:
+        recall: by k: the share of queries with a match among the k most similar.
+        chance: by k: what a random order would reach.
+        queries: how many queries.
+        database: how many candidates.
+        indices: [N, 10 or fewer] the candidates found, best first.
+    """
+
+    recall: dict[int, float]
+    chance: dict[int, float]
+    queries: int
+    database: int
+    indices: torch.Tensor = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold."""
+        return {
+            "recall": {f"R@{k}": v for k, v in self.recall.items()},
+            "chance": {f"R@{k}": v for k, v in self.chance.items()},
+            "queries": self.queries,
+            "database": self.database,
+        }
+
+
+def retrieval(
+    queries: torch.Tensor,  # [N, E]
+    database: torch.Tensor,  # [M, E]
+    query_labels: torch.Tensor,  # [N]
+    database_labels: torch.Tensor,  # [M]
+) -> Retrieval:
+    """Finds the nearest database rows of every query; a row with the query's label is a match.
+
+    Args:
+        queries: [N, E].
+        database: [M, E].
+        query_labels: [N] integers.
+        database_labels: [M] integers. Queries whose label is not among them count as failures.
+
+    Raises:
+        ValueError: there is nothing to search, or no query.
+    """
+    n, m = len(queries), len(database)
+    if not n or not m:
+        raise ValueError(f"retrieval: queries and database must not be empty, got {n} and {m} rows")
+    width = min(max(RECALLS), m)
+    _, indices = topk_similarity(queries, database, width, metric="cosine")
+    hits = database_labels[indices] == query_labels[:, None]
+    first = hits.int().cumsum(1).clamp(max=1).float().mean(0)
+    counts = torch.bincount(database_labels - database_labels.min())
+    low = int(database_labels.min())
+    known = (query_labels >= low) & (query_labels < low + len(counts))
+    matches = torch.where(known, counts[(query_labels - low).clamp(0, len(counts) - 1)], 0)
+    recall, chance = {}, {}
+    for k in RECALLS:
+        k_here = min(k, m)
+        recall[k] = float(first[k_here - 1])
+        # Probability that k of m rows, drawn without replacement, hold at least one of the matches.
+        miss = torch.ones(n, dtype=torch.float64)
+        for drawn in range(k_here):
+            miss *= ((m - matches - drawn).clamp(min=0) / (m - drawn)).double()
+        chance[k] = float(1 - miss.mean())
+    return Retrieval(recall, chance, n, m, indices)
+
+
+@dataclass
+class Classification:
+    """Zero-shot classification.
+
+    Attributes:
+        accuracy: share of pictures whose most probable class is right.
+        accuracy_top5: share of those with the right class among the five most probable.
+        chance: what guessing evenly would reach.
+        majority: the share of the most frequent class, what always naming it would reach.
+        classes: names of the classes.
+        predicted: [N] class indices.
+        labels: [N] class indices.
+    """
+
+    accuracy: float
+    accuracy_top5: float
+    chance: float
+    majority: float
+    classes: list[str]
+    predicted: torch.Tensor = field(repr=False)
+    labels: torch.Tensor = field(repr=False)
+
+    @property
+    def confusion(self) -> torch.Tensor:
+        """[C, C] counts: row = true class, column = predicted class."""
+        size = len(self.classes)
+        return torch.bincount(self.labels * size + self.predicted, minlength=size * size).view(size, size)
+
+    @property
+    def balanced(self) -> float:
+        """Mean over the classes that occur of the share of their pictures that were recognised."""
+        counts = self.confusion
+        present = counts.sum(1) > 0
+        return float((counts.diagonal()[present] / counts.sum(1)[present]).mean())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold."""
+        return {
+            "accuracy": self.accuracy,
+            "accuracy_top5": self.accuracy_top5,
+            "balanced_accuracy": self.balanced,
+            "chance": self.chance,
+            "majority": self.majority,
+            "pictures": len(self.labels),
+            "classes": len(self.classes),
+        }
+
+
+def classification(
+    image_features: torch.Tensor,  # [N, E]
+    class_features: torch.Tensor,  # [C, P, E]
+    labels: torch.Tensor,  # [N]
+    classes: Sequence[str],
+) -> Classification:
+    """Names the class of every picture by its most similar prompt average.
+
+    Args:
+        image_features: [N, E].
+        class_features: [C, P, E], P prompts per class.
+        labels: [N] indices of the true classes.
+        classes: C names.
+
+    Raises:
+        ValueError: there is no picture, or labels lie outside of the classes.
+    """
+    n, c = len(image_features), len(classes)
+    if not n or int(labels.min()) < 0 or int(labels.max()) >= c:
+        raise ValueError(f"classification: expected pictures with labels from 0 to {c - 1}, got {n} pictures")
+    _, indices, _ = zero_shot(image_features, class_features, k=min(5, c))
+    hits = indices == labels[:, None]
+    return Classification(
+        accuracy=float(hits[:, 0].float().mean()),
+        accuracy_top5=float(hits.any(1).float().mean()),
+        chance=1 / c,
+        majority=float(torch.bincount(labels).max() / n),
+        classes=list(classes),
+        predicted=indices[:, 0].clone(),
+        labels=labels,
+    )
+
+
+@dataclass
+class EmojiEvaluation:
+    """Everything that is measured on the bundled set, with what the report shows of it.
+
+    Attributes:
+        pictures: (emoji index, style) of the held-out style's pictures.
+        image_to_text: their names found from the pictures.
+        text_to_image: the pictures found from their names.
+        names: classification over the names of all base emoji.
+        groups: of held-out concepts, in all styles.
+        subgroups: of held-out concepts, in all styles.
+    """
+
+    pictures: list[tuple[int, str]] = field(repr=False)
+    image_to_text: Retrieval
+    text_to_image: Retrieval
+    names: Classification
+    groups: Classification
+    subgroups: Classification
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold."""
+        return {
+            "image_to_text": self.image_to_text.to_dict(),
+            "text_to_image": self.text_to_image.to_dict(),
+            "top1_over_all_names": self.names.to_dict(),
+            "groups_of_held_out_concepts": self.groups.to_dict(),
+            "subgroups_of_held_out_concepts": self.subgroups.to_dict(),
+        }
+
+    def sentence(self) -> str:
+        """The figures that matter, in one line."""
+        i2t, t2i = self.image_to_text.recall, self.text_to_image.recall
+        return (
+            f"held-out style: image->text R@1/5/10 {_percent(i2t)}, text->image {_percent(t2i)}, "
+            f"top-1 over {len(self.names.classes):,} names {100 * self.names.accuracy:.1f}%; "
+            f"held-out concepts: group {100 * self.groups.accuracy:.1f}% "
+            f"(chance {100 * self.groups.chance:.1f}%), subgroup {100 * self.subgroups.accuracy:.1f}% "
+            f"(chance {100 * self.subgroups.chance:.1f}%)"
+        )
+
+
+def _percent(recall: dict[int, float]) -> str:
+    return "/".join(f"{100 * recall[k]:.1f}" for k in RECALLS) + "%"
+
+
+def evaluate_emoji(encoder: Encoder, *, style: str | None = None) -> EmojiEvaluation:
+    """Evaluates on the bundled emoji.
+
+    Names are encoded in every template of ``NAME_TEMPLATES`` and averaged; groups likewise in ``GROUP_TEMPLATES``.
+
+    Args:
+        encoder: the model.
+        style: style of the retrieval test; None: the one that is held out from training.
+    """
+    from vlmkernels.data import emoji
+
+    data = emoji.load()
+    style = style or emoji.HELD_OUT_STYLE
+    trained = {index for index, _ in data.select(split="train", base_only=True)}
+    pictures = [p for p in data.select(styles=style, base_only=True) if p[0] in trained]
+    size = encoder.model.config.vision.image_size
+
+    bases = [e for e in data.emojis if e.base == e.index]
+    row_of = {e.index: row for row, e in enumerate(bases)}
+    prompts = encoder.prompts([emoji.spoken_name(e) for e in bases], emoji.NAME_TEMPLATES)
+    labels = torch.tensor([row_of[index] for index, _ in pictures])
+    images = encoder.images(data.images(pictures, size=size))
+    names = average_prompts(prompts[labels])
+
+    unseen = data.select(split="held_out_concepts", base_only=True)
+    unseen_images = encoder.images(data.images(unseen, size=size))
+    levels = {}
+    for level, values in (("group", data.groups), ("subgroup", data.subgroups)):
+        of = torch.tensor([values.index(getattr(data.emojis[index], level)) for index, _ in unseen])
+        features = encoder.prompts([emoji.spoken_group(v) for v in values], emoji.GROUP_TEMPLATES)
+        levels[level] = classification(unseen_images, features, of, values)
+    return EmojiEvaluation(
+        pictures=pictures,
+        image_to_text=retrieval(images, names, labels, labels),
+        text_to_image=retrieval(names, images, labels, labels),
+        names=classification(images, prompts, labels, [e.name for e in bases]),
+        groups=levels["group"],
+        subgroups=levels["subgroup"],
+    )
+
+
+@dataclass
+class PairsEvaluation:
+    """Retrieval on pairs that were kept from training; pictures with the same caption are all matches."""
+
+    image_to_text: Retrieval
+    text_to_image: Retrieval
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold."""
+        return {"image_to_text": self.image_to_text.to_dict(), "text_to_image": self.text_to_image.to_dict()}
+
+    def sentence(self) -> str:
+        """The figures that matter, in one line."""
+        return (
+            f"{self.image_to_text.queries:,} held-out pairs: image->text R@1/5/10 {_percent(self.image_to_text.recall)}, "
+            f"text->image {_percent(self.text_to_image.recall)} (chance R@1 {100 * self.image_to_text.chance[1]:.2f}%)"
+        )
+
+
+def evaluate_pairs(encoder: Encoder, pictures: torch.Tensor, captions: Sequence[str]) -> PairsEvaluation:
+    """Evaluates retrieval among pairs: from every picture its caption, from every distinct caption its pictures.
+
+    Args:
+        encoder: the model.
+        pictures: [N, 3, H, W] uint8.
+        captions: N texts.
+    """
+    distinct = list(dict.fromkeys(captions))
+    position = {caption: i for i, caption in enumerate(distinct)}
+    labels = torch.tensor([position[c] for c in captions])
+    images, texts = encoder.images(pictures), encoder.texts(distinct)
+    own = torch.arange(len(distinct))
+    return PairsEvaluation(retrieval(images, texts, labels, own), retrieval(texts, images, own, labels))
