@@ -115,7 +115,7 @@ def test_imports_go_one_way(path: Path) -> None:
         target = parts[1]
         is_layer = target in ALLOWED or (PACKAGE / target).exists() or (PACKAGE / f"{target}.py").exists()
         native_by_native = layer == "_native" and target in ("_cpu", "_cuda")
-        if native_by_native or target == layer or not is_layer and target not in ("_cpu", "_cuda"):
+        if native_by_native or target == layer or (not is_layer and target not in ("_cpu", "_cuda")):
             continue
         if target not in ALLOWED[layer]:
             wrong.append(f"line {line}: {layer} imports {module}")

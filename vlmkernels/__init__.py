@@ -1,16 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public names of vlmkernels, and nothing else."""
 
-from .nn.quantize import quantize_ as quantize_
-from .ops.contrastive import clip_loss as clip_loss
-from .ops.contrastive import info_nce as info_nce
-from .ops.contrastive import linear_cross_entropy as linear_cross_entropy
-from .ops.contrastive import multi_positive_loss as multi_positive_loss
-from .ops.contrastive import siglip_loss as siglip_loss
-from .ops.flat_index import FlatIndex as FlatIndex
-from .ops.linear import linear as linear
-from .ops.quantized import QuantizedWeight as QuantizedWeight
-from .ops.quantized import quantize_weight as quantize_weight
-from .ops.quantized import quantized_linear as quantized_linear
-from .ops.topk import topk_similarity as topk_similarity
-from .ops.topk import zero_shot as zero_shot
+from vlmkernels import data, models, nn
+from vlmkernels._version import __version__
+from vlmkernels.diagnostics import backends
+from vlmkernels.nn.quantize import quantize_
+from vlmkernels.ops.attention import (
+    attention,
+    attention_qkvpacked,
+    attention_varlen,
+    scaled_dot_product_attention,
+)
+from vlmkernels.ops.contrastive import (
+    clip_loss,
+    info_nce,
+    linear_cross_entropy,
+    multi_positive_loss,
+    siglip_loss,
+)
+from vlmkernels.ops.flat_index import FlatIndex
+from vlmkernels.ops.linear import linear
+from vlmkernels.ops.quantized import QuantizedWeight, quantize_weight, quantized_linear
+from vlmkernels.ops.topk import topk_similarity, zero_shot
+
+__all__ = [
+    "FlatIndex",
+    "QuantizedWeight",
+    "__version__",
+    "attention",
+    "attention_qkvpacked",
+    "attention_varlen",
+    "backends",
+    "clip_loss",
+    "data",
+    "info_nce",
+    "linear",
+    "linear_cross_entropy",
+    "models",
+    "multi_positive_loss",
+    "nn",
+    "quantize_",
+    "quantize_weight",
+    "quantized_linear",
+    "scaled_dot_product_attention",
+    "siglip_loss",
+    "topk_similarity",
+    "zero_shot",
+]

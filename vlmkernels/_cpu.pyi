@@ -2,6 +2,7 @@
 """Types of the native module `_cpu` (csrc/bindings/cpu_module.cpp and the families' files beside it)."""
 
 class Error(RuntimeError): ...
+class InvalidValue(ValueError): ...
 
 class ContrastiveCall:
     def __init__(
@@ -17,10 +18,12 @@ class ContrastiveCall:
         columns: bool = False,
         bf16: bool = False,
         reduction: int = 0,
-        scale: float = 1.0,
-        logit_bias: float = 0.0,
+        scale: int,
+        logit_bias: int = 0,
         smoothing: float = 0.0,
         positives: int = 0,
+        ignores: bool = False,
+        ignore_index: int = 0,
         row_labels: int = 0,
         col_labels: int = 0,
         key_mask: int = 0,
@@ -32,6 +35,8 @@ class ContrastiveCall:
         grad_loss: int = 0,
         grad_q: int = 0,
         grad_k: int = 0,
+        grad_q_bf16: int = 0,
+        grad_k_bf16: int = 0,
         grad_scale: int = 0,
         grad_logit_bias: int = 0,
         grad_key_bias: int = 0,

@@ -2,6 +2,7 @@
 """Types of the native module `_cuda` (csrc/bindings/cuda_module.cpp)."""
 
 class Error(RuntimeError): ...
+class InvalidValue(ValueError): ...
 
 class DeviceProperties:
     @property

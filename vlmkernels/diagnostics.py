@@ -175,7 +175,9 @@ def _triton_status() -> BackendStatus:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return BackendStatus("triton", True, detail=f"triton {version}, interpreted on the CPU", ops=ops)
     if not torch.cuda.is_available():
-        return BackendStatus("triton", False, reason=f"triton {version} is installed, but no GPU is usable", ops=ops)
+        return BackendStatus(
+            "triton", False, reason=f"triton {version} is installed, but no GPU is usable", ops=ops
+        )
     names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
     return BackendStatus("triton", True, detail=f"triton {version} on {', '.join(sorted(names))}", ops=ops)
 

@@ -69,8 +69,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return vk::cpu::kernels().isa; });
   m.def("isa_levels", &vk::isa_levels);
   m.def("cpu_brand", &vk::cpu_brand);
-  m.def(
-      "use_openmp", [](const std::string& path) { return vk::use_openmp(path.c_str()); }, py::arg("path"));
+  m.def("use_openmp", [](const std::string& path) { return vk::use_openmp(path.c_str()); }, py::arg("path"));
   m.def("openmp_path", [] { return std::string(vk::openmp_path()); });
   m.def("forked_from_threads", &vk::forked_from_threads);
   m.def("engine_rate", &vk::engine_rate, py::arg("kind"), py::arg("m"), py::arg("n"), py::arg("depth"),

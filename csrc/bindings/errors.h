@@ -11,7 +11,7 @@ namespace vk {
 // Local to the module: a translator in pybind11's shared state could be asked about another library's exceptions.
 inline void bind_errors(pybind11::module_& module) {
   pybind11::register_local_exception<Error>(module, "Error", PyExc_RuntimeError);
-  pybind11::register_local_exception<ValueError>(module, "ValueError", PyExc_ValueError);
+  pybind11::register_local_exception<ValueError>(module, "InvalidValue", PyExc_ValueError);
 }
 
 }  // namespace vk

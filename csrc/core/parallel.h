@@ -2,7 +2,8 @@
 // parallel_for: numbered parts of a job on the OpenMP threads that torch already started.
 //
 // There is no -fopenmp here and no second thread pool: `use_openmp` looks the runtime's entry points up in the library
-// that torch loaded. Without one, in a forked child and inside another parallel region, the parts run one after another.
+// that torch loaded. Without one, in a forked child and inside another parallel region, the parts run one after
+// another.
 #pragma once
 
 #include <cstdint>

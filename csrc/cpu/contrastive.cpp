@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kMiB = int64_t{1} << 20;
 constexpr int64_t kScratchLimit = 48 * kMiB;   // of all parts together
-constexpr int64_t kChunkLimit = 40 * kMiB;     // dot products kept in one pass
+constexpr int64_t kChunkLimit = 50 * kMiB;     // dot products kept in one pass
 constexpr int64_t kSmallPart = 1 << 21;        // multiply-adds below which another thread costs more than it brings
 constexpr int64_t kRowAlign = 8;
 constexpr int64_t kColAlign = 48;
@@ -53,8 +53,10 @@ ContrastivePlan make_plan(const ContrastiveProblem& p, int threads) {
     plan.block_rows -= kTileRows;
   plan.scratch_bytes = part_scratch(p, plan.block_rows);
   while (plan.threads > 1 && plan.threads * plan.scratch_bytes > kScratchLimit) --plan.threads;
-  plan.chunk_rows = std::clamp<int64_t>(kChunkLimit / (4 * std::max<int64_t>(p.m, 1)) / kRowAlign * kRowAlign, kRowAlign,
-                                        round_up(std::max<int64_t>(p.n, 1), kRowAlign));
+  const int64_t n = std::max<int64_t>(p.n, 1), m = std::max<int64_t>(p.m, 1);
+  const int64_t most = std::clamp<int64_t>(kChunkLimit / (4 * m) / kRowAlign * kRowAlign, kRowAlign, round_up(n, kRowAlign));
+  const int64_t chunks = (n + most - 1) / most;
+  plan.chunk_rows = round_up((n + chunks - 1) / chunks, kRowAlign);  // chunks of equal size
   return plan;
 }
 
@@ -62,6 +64,12 @@ ContrastivePlan make_plan(const ContrastiveProblem& p, int threads) {
 int64_t boundary(int64_t begin, int64_t end, int part, int parts, int64_t align) {
   const int64_t blocks = (end - begin + align - 1) / align;
   return std::min(end, begin + blocks * part / parts * align);
+}
+
+void add(PartSums& total, const PartSums& part) {
+  total.loss += part.loss;
+  total.grad_scale += part.grad_scale;
+  total.grad_logit_bias += part.grad_logit_bias;
 }
 
 // Runs one pass of rows [row0, row1) x all columns in rotating parts; returns the parts' sums added in order.
@@ -80,11 +88,7 @@ PartSums run_pass(ContrastivePart kernel, const ContrastiveProblem& p, const Con
     });
   }
   PartSums total;
-  for (const PartSums& s : sums) {
-    total.loss += s.loss;
-    total.grad_scale += s.grad_scale;
-    total.grad_logit_bias += s.grad_logit_bias;
-  }
+  for (const PartSums& s : sums) add(total, s);
   return total;
 }
 
@@ -112,7 +116,8 @@ int64_t arrays_bytes(const ContrastiveProblem& p) {
 int64_t problem_workspace(const ContrastiveCall& call, const ContrastivePlan& plan, bool one_pass) {
   const ContrastiveProblem& p = call.problem;
   const bool chunks = one_pass && p.objective == Objective::kSoftmax;
-  return arrays_bytes(p) + plan.threads * plan.scratch_bytes + (chunks ? plan.chunk_rows * p.m * 4 + 64 : 0);
+  const int64_t own = chunks ? plan.threads * (plan.chunk_rows * (p.d + 4) * 4 + 5 * 64) : 0;
+  return arrays_bytes(p) + plan.threads * plan.scratch_bytes + own + (chunks ? plan.chunk_rows * p.m * 4 + 64 : 0);
 }
 
 // Equal labels become equal small integers; share[i] = 1 / (labels of the other side equal to it), 0 without any.
@@ -208,12 +213,13 @@ struct Prepared {
     for (int64_t i = 0; i < p.n; ++i) {
       const int64_t at = p.positives[i];
       if (!counts_row(i)) continue;
+      const char* name = ignores ? "targets" : "positives";
       if (at < 0 || at >= p.m)
-        raise_value_error("index %lld of row %lld is not in [0, %lld)", static_cast<long long>(at),
-                          static_cast<long long>(i), static_cast<long long>(p.m));
+        raise_value_error("%s must be in [0, %lld), got %lld in row %lld", name, static_cast<long long>(p.m),
+                          static_cast<long long>(at), static_cast<long long>(i));
       if (call.key_mask && !call.key_mask[index * p.m + at])
-        raise_value_error("the positive of row %lld, key %lld, is masked out by key_mask", static_cast<long long>(i),
-                          static_cast<long long>(at));
+        raise_value_error("%s must be usable keys, but key_mask leaves out key %lld of row %lld", name,
+                          static_cast<long long>(at), static_cast<long long>(i));
     }
   }
 
@@ -264,6 +270,105 @@ double reduce_losses(const Prepared& prepared, bool none, int64_t row0, int64_t 
   return rows * prepared.row_mean + (p.columns ? cols * prepared.col_mean : 0.0);
 }
 
+// The mean over no problems is NaN, as over no rows.
+float result(const ContrastiveCall& call, double loss) {
+  const bool nothing = call.batch == 0 && call.reduction == Reduction::kMean;
+  return nothing ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(loss);
+}
+
+// The softmax objective in one pass, a chunk of rows at a time: here a part owns a group of columns and sees every row
+// of the chunk, so that each key is packed once a chunk. What belongs to the rows (statistics, gradient of q) each
+// part keeps for itself; `statistics` and `gradients` merge them in the order of the parts.
+class ChunkPass {
+ public:
+  ChunkPass(ContrastiveProblem& problem, const ContrastivePlan& plan, bool gradients, Arena& arena)
+      : whole_(problem), plan_(plan), parts_(static_cast<size_t>(plan.threads)) {
+    row_log_ = arena.take<float>(plan.chunk_rows);
+    float* dots = gradients ? arena.take<float>(plan.chunk_rows * problem.m) : nullptr;
+    for (ContrastiveProblem& part : parts_) {
+      part = problem;
+      part.row_max = arena.take<float>(plan.chunk_rows);
+      part.row_sum = arena.take<float>(plan.chunk_rows);
+      part.row_target = arena.take<float>(plan.chunk_rows);
+      part.row_total = arena.take<float>(plan.chunk_rows);
+      part.grad_q = problem.grad_q ? arena.take<float>(plan.chunk_rows * problem.d) : nullptr;
+      part.saved = dots;
+      part.row_log = row_log_;
+    }
+    scratch_ = arena.rest();
+  }
+
+  void statistics(int64_t row, int64_t end) {
+    row_ = row;
+    rows_ = end - row;
+    for (ContrastiveProblem& part : parts_) {
+      const int64_t bytes = row * whole_.q.row_stride * (whole_.q.dtype == Dtype::kF32 ? 4 : 2);
+      part.q.data = static_cast<const char*>(whole_.q.data) + bytes;
+      part.positives = whole_.positives + row;
+      part.row_shift = whole_.row_max + row;
+      part.row_weight = whole_.row_weight + row;
+    }
+    run([&](ContrastiveProblem& part, int64_t col0, int64_t col1, char* scratch, PartSums*) {
+      std::fill_n(part.row_max, rows_, -kInfinity);
+      for (float* zeros : {part.row_sum, part.row_target, part.row_total}) std::fill_n(zeros, rows_, 0.0f);
+      kernels().contrastive.statistics(part, plan_, 0, rows_, col0, col1, scratch, nullptr);
+    });
+    for (int64_t i = 0; i < rows_; ++i) merge_row(i);
+    logs(whole_.row_sum + row, rows_, row_log_);
+  }
+
+  PartSums gradients() {
+    const PartSums total = run([&](ContrastiveProblem& part, int64_t col0, int64_t col1, char* scratch, PartSums* sums) {
+      if (part.grad_q) std::fill_n(part.grad_q, rows_ * whole_.d, 0.0f);
+      kernels().contrastive.gradients(part, plan_, 0, rows_, col0, col1, scratch, sums);
+    });
+    if (whole_.grad_q) {
+      float* out = whole_.grad_q + row_ * whole_.d;
+      for (const ContrastiveProblem& part : parts_) {
+        for (int64_t i = 0; i < rows_ * whole_.d; ++i) out[i] += part.grad_q[i];
+      }
+    }
+    return total;
+  }
+
+ private:
+  template <class F>
+  PartSums run(F&& body) {
+    const int parts = plan_.threads;
+    std::vector<PartSums> sums(parts_.size());
+    parallel_for(parts, parts, [&](int64_t part) {
+      const int t = static_cast<int>(part);
+      const int64_t col0 = boundary(0, whole_.m, t, parts, kColAlign), col1 = boundary(0, whole_.m, t + 1, parts, kColAlign);
+      body(parts_[static_cast<size_t>(t)], col0, col1, scratch_ + t * plan_.scratch_bytes, &sums[static_cast<size_t>(t)]);
+    });
+    PartSums total;
+    for (const PartSums& s : sums) add(total, s);
+    return total;
+  }
+
+  void merge_row(int64_t i) {
+    float max = -kInfinity;
+    for (const ContrastiveProblem& part : parts_) max = std::max(max, part.row_max[i]);
+    double sum = 0.0, target = 0.0, total = 0.0;
+    for (const ContrastiveProblem& part : parts_) {
+      if (part.row_sum[i] != 0.0f) sum += static_cast<double>(part.row_sum[i]) * std::exp(static_cast<double>(part.row_max[i] - max));
+      target += part.row_target[i];
+      total += part.row_total[i];
+    }
+    whole_.row_max[row_ + i] = max;
+    whole_.row_sum[row_ + i] = static_cast<float>(sum);
+    whole_.row_target[row_ + i] = static_cast<float>(target);
+    whole_.row_total[row_ + i] = static_cast<float>(total);
+  }
+
+  ContrastiveProblem& whole_;
+  const ContrastivePlan& plan_;
+  std::vector<ContrastiveProblem> parts_;
+  float* row_log_;
+  char* scratch_;
+  int64_t row_ = 0, rows_ = 0;
+};
+
 template <class F>
 void for_each_problem(const ContrastiveCall& call, bool one_pass, int threads, F&& body) {
   // Many small problems run side by side, each on one thread; few run one after the other on all of them.
@@ -305,7 +410,7 @@ void contrastive_forward(const ContrastiveCall& call, int threads) {
   if (call.reduction == Reduction::kNone) return;
   double total = 0.0;
   for (double loss : losses) total += loss;
-  *call.loss = static_cast<float>(total);
+  *call.loss = result(call, total);
 }
 
 namespace {
@@ -388,20 +493,12 @@ void contrastive_one_pass(const ContrastiveCall& call, int threads) {
       loss = total.loss * prepared.row_mean;
       return;
     }
-    float* chunk = gradients ? arena.take<float>(plan.chunk_rows * p.m) : nullptr;
-    auto* row_log = arena.take<float>(p.n);
-    p.row_shift = p.row_max;
-    p.row_log = row_log;
+    ChunkPass chunks(p, plan, gradients, arena);
     for (int64_t row = 0; row < p.n; row += plan.chunk_rows) {
       const int64_t end = std::min(p.n, row + plan.chunk_rows);
-      p.saved = chunk;
-      p.saved_row = row;
-      run_pass(kernels().contrastive.statistics, p, plan, row, end, arena.rest());
-      logs(p.row_sum + row, end - row, row_log + row);
+      chunks.statistics(row, end);
       loss += reduce_losses(prepared, false, row, end, nullptr);
-      if (!gradients) continue;
-      const PartSums part = run_pass(kernels().contrastive.gradients, p, plan, row, end, arena.rest());
-      total.grad_scale += part.grad_scale;
+      if (gradients) add(total, chunks.gradients());
     }
   });
   double loss = 0.0, grad_scale = 0.0, grad_logit_bias = 0.0;
@@ -410,7 +507,7 @@ void contrastive_one_pass(const ContrastiveCall& call, int threads) {
     grad_scale += sums[b].grad_scale;
     grad_logit_bias += sums[b].grad_logit_bias;
   }
-  *call.loss = static_cast<float>(loss);
+  *call.loss = result(call, loss);
   if (call.grad_scale) *call.grad_scale = static_cast<float>(grad_scale);
   if (call.grad_logit_bias) *call.grad_logit_bias = static_cast<float>(grad_logit_bias);
   round_gradients(call, threads);

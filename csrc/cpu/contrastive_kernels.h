@@ -91,14 +91,35 @@ struct ColumnBlock {
   }
 };
 
+// Zeros in the last register's lanes behind `count`, which enter the sums over whole registers. The operands are padded
+// with zeros, but an infinite feature makes NaN of them, and that survives the bias of -inf that hides these lanes.
+inline void clear_tail(float* strip, int rows, int count) {
+  const int padded = static_cast<int>(round_up(count, kLanes));
+  for (int i = 0; i < rows; ++i) {
+    for (int j = count; j < padded; ++j) strip[i * kTileStride + j] = 0.0f;
+  }
+}
+
+// Longest chain of float32 sums: the rounding error of a dot product grows with it, and the libraries that ours is
+// measured against cut theirs about here. bf16 operands are rounded far more coarsely than any chain.
+inline constexpr int64_t kLongestChain = 256;
+
 // A block of rows (of the packed left operand) times a block of columns: rows x count dot products into `out`.
 template <class Op>
 void product_strip(const uint32_t* left, const uint32_t* right, int64_t depth, int rows, int count, float* out) {
+  const int64_t longest = Op::kDepthPerUnit == 1 ? kLongestChain : depth;
   for (int64_t panel = 0; panel < count; panel += kCols) {
     const int64_t width = panel_width(count, panel);
-    pick_micro_kernel<Op, LeftPanel>(rows, static_cast<int>(width))(left, right + panel * depth, depth, out + panel,
-                                                                    kTileStride, rows, static_cast<int>(width), false);
+    const auto kernel = pick_micro_kernel<Op, LeftPanel>(rows, static_cast<int>(width));
+    int64_t from = 0;
+    do {
+      const int64_t chain = depth - from < longest ? depth - from : longest;
+      kernel(left + from * kRows, right + panel * depth + from * width, chain, out + panel, kTileStride, rows,
+             static_cast<int>(width), from > 0);
+      from += chain;
+    } while (from < depth);
   }
+  clear_tail(out, rows, count);
 }
 
 inline void save_strip(const ContrastiveProblem& p, const float* strip, int64_t row, int rows, const ColumnBlock& b) {
@@ -110,8 +131,8 @@ inline void load_strip(const ContrastiveProblem& p, float* strip, int64_t row, i
   for (int i = 0; i < rows; ++i) {
     float* to = strip + i * kTileStride;
     std::memcpy(to, p.saved + (row + i - p.saved_row) * p.m + b.first, sizeof(float) * static_cast<size_t>(b.count));
-    for (int j = b.count; j < b.vecs * kLanes; ++j) to[j] = 0.0f;
   }
+  clear_tail(strip, rows, b.count);
 }
 
 // Dot products in `strip` become logits; row and column statistics move on by one strip.
@@ -169,10 +190,10 @@ inline void statistics_strip(const ContrastiveProblem& p, float* strip, int64_t 
     const int at = v * kLanes;
     const VecF old_max = load(b.max + at), new_max = max_keep(old_max, load(strip_max + at));
     const VecF shift = new_max == -kInfinity ? VecF{} : new_max;
-    VecF sum = load(b.sum + at) * exp_nonpositive(old_max - shift);
+    VecF sum = {};  // the strip's own first: one rounding at the size of the whole sum instead of one per row
     for (int i = 0; i < rows; ++i) sum += exp_nonpositive(load(strip + i * kTileStride + at) - shift);
     store(b.max + at, new_max);
-    store(b.sum + at, sum);
+    store(b.sum + at, load(b.sum + at) * exp_nonpositive(old_max - shift) + sum);
   }
 }
 
@@ -183,44 +204,39 @@ inline void softmax_gradient_strip(const ContrastiveProblem& p, float* strip, in
   const float hard = 1.0f - p.smoothing;
   const float row_smooth = p.smoothing / static_cast<float>(p.m), col_smooth = p.smoothing / static_cast<float>(p.n);
   VecF grad_scale = {};
-  float grad_scale_targets = 0.0f;
   for (int i = 0; i < rows; ++i) {
     float* c = strip + i * kTileStride;
     const int64_t r = row + i;
     const float weight = p.row_weight[r];
     const VecF row_shift = splat(p.row_shift[r]), row_log = splat(p.row_log[r]);
     const VecI label = VecI{} + (p.row_labels ? p.row_labels[r] : -2);
-    const float row_share = p.row_share ? p.row_share[r] * weight * hard : 0.0f;
+    const float row_share = p.row_share ? p.row_share[r] * hard : 0.0f;
     const int64_t positive = p.positives ? p.positives[r] - b.first : -1;
-    const float positive_dot = positive >= 0 && positive < b.count ? c[positive] : 0.0f;
+    const int positive_vec = positive >= 0 && positive < b.count ? static_cast<int>(positive / kLanes) : -1;
     for (int v = 0; v < b.vecs; ++v) {
       const int at = v * kLanes;
       const VecF dot = load(c + at);
       const VecF logit = dot * p.scale + load(b.bias + at);
-      VecF g = exp_nonpositive(logit - row_shift - row_log) * weight;
+      const VecI positives = p.row_labels ? label == load_ints(b.label + at) : VecI{};
+      // Targets leave the probabilities before anything is scaled or summed: near the optimum they almost cancel.
+      VecF by_row = exp_nonpositive(logit - row_shift - row_log);
+      if (p.smoothing > 0.0f) by_row -= row_smooth;
+      if (p.row_labels) by_row -= positives ? splat(row_share) : VecF{};
+      if (v == positive_vec) by_row[positive % kLanes] -= hard;
+      VecF g = by_row * weight;
       if (p.columns) {
-        const VecF column_weight = load(b.weight + at);
-        g += exp_nonpositive(logit - load(b.shift + at) - load(b.log + at)) * column_weight;
-        if (p.smoothing > 0.0f) g -= column_weight * col_smooth;
-      }
-      if (p.smoothing > 0.0f) g -= weight * row_smooth;
-      if (p.row_labels) {
-        VecF target = splat(row_share);
-        if (p.columns) target += load(b.share + at) * load(b.weight + at) * hard;
-        g -= label == load_ints(b.label + at) ? target : VecF{};
+        VecF by_column = exp_nonpositive(logit - load(b.shift + at) - load(b.log + at));
+        if (p.smoothing > 0.0f) by_column -= col_smooth;
+        if (p.row_labels) by_column -= positives ? load(b.share + at) * hard : VecF{};
+        if (v == positive_vec) by_column[positive % kLanes] -= hard;
+        g += by_column * load(b.weight + at);
       }
       if (p.grad_key_bias) store(b.bias_grad + at, load(b.bias_grad + at) + g);
       grad_scale += g * dot;
       store(c + at, g * p.scale);
     }
-    if (positive >= 0 && positive < b.count) {
-      const float target = hard * (weight + b.weight[positive]);
-      c[positive] -= target * p.scale;
-      grad_scale_targets -= target * positive_dot;
-      b.bias_grad[positive] -= target;
-    }
   }
-  sums->grad_scale += static_cast<double>(reduce_add(grad_scale)) + static_cast<double>(grad_scale_targets);
+  sums->grad_scale += static_cast<double>(reduce_add(grad_scale));
 }
 
 // Sigmoid objective: sum of softplus(-y z), y = +1 for a row's positive and -1 for all others; derivative

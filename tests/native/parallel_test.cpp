@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // parallel_for against a real OpenMP runtime, without Python. Prints the first broken expectation and exits with 1.
 // Compiled with -fopenmp, so that the process has a runtime; argv[1] is its path.
+#include "core/parallel.h"
+
 #include <omp.h>
 
 #include <atomic>
@@ -11,14 +13,13 @@
 #include <vector>
 
 #include "core/error.h"
-#include "core/parallel.h"
 
-#define EXPECT(condition)                                                 \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
-      std::printf("line %d: expected %s\n", __LINE__, #condition);        \
-      std::exit(1);                                                       \
-    }                                                                     \
+#define EXPECT(condition)                                          \
+  do {                                                             \
+    if (!(condition)) {                                            \
+      std::printf("line %d: expected %s\n", __LINE__, #condition); \
+      std::exit(1);                                                \
+    }                                                              \
   } while (false)
 
 namespace {

@@ -13,7 +13,9 @@ import pytest
 
 from vlmkernels import _native
 
-pytestmark = pytest.mark.skipif(shutil.which("objdump") is None, reason="needs binutils (nm, objdump, readelf)")
+pytestmark = pytest.mark.skipif(
+    shutil.which("objdump") is None, reason="needs binutils (nm, objdump, readelf)"
+)
 
 SOURCES = Path(__file__).parents[2] / "csrc"
 
@@ -133,7 +135,9 @@ def test_no_level_runs_code_at_load_time() -> None:
     """A constructor in an ISA file would run before the processor was asked what it can do."""
     symbols = output_of("nm", "-C", str(_native.cpu.__file__))
     constructors = [
-        line.split(maxsplit=2)[2] for line in symbols.splitlines() if "_GLOBAL__sub_I" in line and len(line.split()) > 2
+        line.split(maxsplit=2)[2]
+        for line in symbols.splitlines()
+        if "_GLOBAL__sub_I" in line and len(line.split()) > 2
     ]
     levels = ("portable", "x86_64_v2", "avx2", "avx512")
     assert [name for name in constructors if any(level in name for level in levels)] == []

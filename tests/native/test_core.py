@@ -24,7 +24,11 @@ def run(*command: str | Path) -> str:
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_parallel_for(tmp_path: Path) -> None:
     program = tmp_path / "parallel_test"
-    sources = [ROOT / "tests/native/parallel_test.cpp", ROOT / "csrc/core/parallel.cpp", ROOT / "csrc/core/error.cpp"]
+    sources = [
+        ROOT / "tests/native/parallel_test.cpp",
+        ROOT / "csrc/core/parallel.cpp",
+        ROOT / "csrc/core/error.cpp",
+    ]
     run(COMPILER, "-std=gnu++20", "-O1", "-fopenmp", f"-I{ROOT / 'csrc'}", *sources, "-o", program, "-ldl")
     libraries = run("ldd", program).splitlines()
     runtime = next(line.split()[2] for line in libraries if "omp" in line)
@@ -33,7 +37,11 @@ def test_parallel_for(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(AARCH64_COMPILER is None, reason="needs aarch64-linux-gnu-g++")
 def test_core_and_the_portable_kernels_compile_for_aarch64(tmp_path: Path) -> None:
-    sources = [*(ROOT / "csrc/core").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp"), ROOT / "csrc/cpu/isa/portable.cpp"]
+    sources = [
+        *(ROOT / "csrc/core").glob("*.cpp"),
+        *(ROOT / "csrc/cpu").glob("*.cpp"),
+        ROOT / "csrc/cpu/isa/portable.cpp",
+    ]
     assert len(sources) > 4
     for source in sources:
         flags = ["-std=gnu++20", "-O1", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cpu'}"]

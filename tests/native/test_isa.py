@@ -8,7 +8,9 @@ from programs import result_of, run_program
 
 from vlmkernels import _native
 
-pytestmark = pytest.mark.skipif(_native.cpu_reason is not None, reason=f"no CPU kernels: {_native.cpu_reason}")
+pytestmark = pytest.mark.skipif(
+    _native.cpu_reason is not None, reason=f"no CPU kernels: {_native.cpu_reason}"
+)
 
 LEVELS = _native.cpu.isa_levels() if _native.cpu_reason is None else []
 

@@ -73,4 +73,6 @@ def test_classes_are_those_of_the_module(module: str) -> None:
         assert set(members) - {"__init__"} == public_names(native), name
         for member_name, member in members.items():
             if not any(ast.unparse(decorator) == "property" for decorator in member.decorator_list):
-                assert signature_text(member) == native_signature(getattr(native, member_name)), f"{name}.{member_name}"
+                assert signature_text(member) == native_signature(getattr(native, member_name)), (
+                    f"{name}.{member_name}"
+                )

@@ -13,11 +13,18 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import vlmkernels as vk
 from vlmkernels.ops import dispatch, topk
-from vlmkernels.ops.reference import topk_scan
 from vlmkernels.ops.reference import topk as reference
+from vlmkernels.ops.reference import topk_scan
 
 METRICS = ("dot", "cosine", "l2")
-SHAPES = [(1, 1, 1, 1), (3, 5, 7, 5), (2, 77, 64, 1), (50, 197, 257, 10), (1, 577, 80, 577), (7, 1031, 33, 50)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (3, 5, 7, 5),
+    (2, 77, 64, 1),
+    (50, 197, 257, 10),
+    (1, 577, 80, 577),
+    (7, 1031, 33, 50),
+]
 
 
 def best(scores, k):
@@ -93,7 +100,9 @@ def test_layout_of_inputs_does_not_matter(features, metric):
     got = vk.topk_similarity(queries.T.contiguous().T, wide[:, 1:49:2], 6, metric=metric)
     assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
     expanded = queries[:1].expand(4, -1)
-    assert torch.equal(vk.topk_similarity(expanded, database, 6, metric=metric)[1], wanted[1][:1].expand(4, -1))
+    assert torch.equal(
+        vk.topk_similarity(expanded, database, 6, metric=metric)[1], wanted[1][:1].expand(4, -1)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -113,7 +122,9 @@ def test_sum_is_folded_by_halves():
         terms = x.tolist()
         while len(terms) > 1:
             half = 2 ** (math.ceil(math.log2(len(terms))) - 1)
-            terms = [a + b for a, b in zip(terms, terms[half:], strict=False)] + terms[len(terms) - half : half]
+            terms = [a + b for a, b in zip(terms, terms[half:], strict=False)] + terms[
+                len(terms) - half : half
+            ]
         assert reference.tree_sum(x).item() == terms[0]
 
 
@@ -124,7 +135,9 @@ def test_l2_of_equal_vectors_is_zero_and_positive(features):
 
 
 def test_cosine_of_zero_vectors_is_zero():
-    scores, indices = vk.topk_similarity(torch.zeros(1, 3), torch.tensor([[0.0, 0, 0], [1, 2, 3]]), 2, metric="cosine")
+    scores, indices = vk.topk_similarity(
+        torch.zeros(1, 3), torch.tensor([[0.0, 0, 0], [1, 2, 3]]), 2, metric="cosine"
+    )
     assert scores.tolist() == [[0, 0]] and indices.tolist() == [[0, 1]]
 
 
@@ -166,7 +179,9 @@ def test_near_ties_below_float32_resolution_of_the_scan_are_resolved(metric):
     assert torch.equal(indices, best(exact_scores(queries, database, metric), 20)[1])
     product = queries @ database.T if metric == "dot" else F.normalize(queries) @ F.normalize(database).T
     if metric != "l2":
-        assert not torch.equal(product.topk(20).indices, indices), "the case must be one that float32 gets wrong"
+        assert not torch.equal(product.topk(20).indices, indices), (
+            "the case must be one that float32 gets wrong"
+        )
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -182,7 +197,9 @@ def test_extreme_magnitudes(features, metric, scale):
 @pytest.mark.parametrize("metric", METRICS)
 def test_rows_of_very_different_magnitude(features, metric):
     queries, database = features[0], features[1].clone()
-    database *= torch.logspace(-20, 20, 700)[torch.randperm(700, generator=torch.Generator().manual_seed(0))].unsqueeze(1)
+    database *= torch.logspace(-20, 20, 700)[
+        torch.randperm(700, generator=torch.Generator().manual_seed(0))
+    ].unsqueeze(1)
     assert torch.equal(
         vk.topk_similarity(queries, database, 30, metric=metric)[1],
         best(exact_scores(queries, database, metric), 30)[1],
@@ -213,12 +230,14 @@ def test_nan_ranks_last_but_before_missing_rows(features, metric):
     assert scores[2].isnan().all() and indices[2].tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("metric", ("dot", "l2"))
+@pytest.mark.parametrize("metric", ["dot", "l2"])
 def test_infinite_entries_follow_ieee_rules(metric):
     database = torch.tensor([[0.0, 1.0], [math.inf, 1.0], [-math.inf, 1.0], [1.0, 2.0]])
     scores, indices = vk.topk_similarity(torch.tensor([[1.0, 1.0]]), database, 4, metric=metric)
     assert indices.tolist() == ([[1, 3, 0, 2]] if metric == "dot" else [[0, 3, 1, 2]])
-    assert scores[0].tolist() == ([math.inf, 3, 1, -math.inf] if metric == "dot" else [-1, -1, -math.inf, -math.inf])
+    assert scores[0].tolist() == (
+        [math.inf, 3, 1, -math.inf] if metric == "dot" else [-1, -1, -math.inf, -math.inf]
+    )
 
 
 # Masks
@@ -340,7 +359,9 @@ def test_gradients_match_finite_differences(small64, metric):
     mask = torch.rand(4, 9, generator=torch.Generator().manual_seed(0)) < 0.4
 
     def scores(queries, database):
-        values, indices = vk.topk_similarity(queries, database, 3, metric=metric, mask=mask, backend="reference")
+        values, indices = vk.topk_similarity(
+            queries, database, 3, metric=metric, mask=mask, backend="reference"
+        )
         return values.masked_fill(indices < 0, 0.0)
 
     assert torch.autograd.gradcheck(scores, small64)
@@ -438,7 +459,9 @@ def test_zero_shot_takes_other_dtypes(classification, dtype):
 
 def test_zero_shot_gradients_match_finite_differences(small64):
     scale = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
-    prompts = torch.randn(9, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(8), requires_grad=True)
+    prompts = torch.randn(
+        9, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(8), requires_grad=True
+    )
 
     def floating_outputs(images, classes, logit_scale):
         probabilities, _, lse = vk.zero_shot(images, classes, logit_scale, k=3, backend="reference")
@@ -500,7 +523,9 @@ def test_opcheck_topk(small64, metric, masked):
     torch.library.opcheck(reference.topk_scan, (*(x.detach() for x in small64), 3, metric, mask))
     indices = torch.ones(4, 3, dtype=torch.int64)
     arguments = (*(x.detach() for x in small64), indices, metric, "reference", [True, False])
-    torch.library.opcheck(topk.topk_similarity_backward_op, (torch.ones(4, 3, dtype=torch.float64), *arguments))
+    torch.library.opcheck(
+        topk.topk_similarity_backward_op, (torch.ones(4, 3, dtype=torch.float64), *arguments)
+    )
 
 
 def test_opcheck_zero_shot(small64):
@@ -650,7 +675,12 @@ Q, X = torch.zeros(2, 3), torch.zeros(4, 3)
         ((Q, X[:0], 1), {}, ValueError, "k must be at most the number of database rows, 0, got 1"),
         ((Q, X, 1), {"metric": "L2"}, ValueError, "metric must be one of .*, got 'L2'"),
         ((Q, X, 1), {"mask": torch.ones(4)}, TypeError, "mask must be bool, got torch.float32"),
-        ((Q, X, 1), {"mask": torch.ones(2, 3, dtype=torch.bool)}, ValueError, r"mask must be \[M\] = \[4\] or"),
+        (
+            (Q, X, 1),
+            {"mask": torch.ones(2, 3, dtype=torch.bool)},
+            ValueError,
+            r"mask must be \[M\] = \[4\] or",
+        ),
         ((Q, X, 1), {"backend": "gpu"}, ValueError, "backend must be None or one of"),
         ((Q, X, 1), {"backend": "triton"}, NotImplementedError, "backend 'triton' cannot serve this call"),
     ],
@@ -670,7 +700,12 @@ def test_topk_refuses_bad_arguments(arguments, options, error, message):
         ((Q, X[:, None][:, :0]), {}, ValueError, "at least one prompt per class"),
         ((Q, X), {}, ValueError, "k must be at most the number of classes, 4, got 5"),
         ((Q, X, "1"), {"k": 1}, TypeError, "logit_scale must be a number, got str"),
-        ((Q, X, torch.ones(1)), {"k": 1}, ValueError, r"logit_scale must be a float or a 0-d tensor, got \[1\]"),
+        (
+            (Q, X, torch.ones(1)),
+            {"k": 1},
+            ValueError,
+            r"logit_scale must be a float or a 0-d tensor, got \[1\]",
+        ),
         ((Q, X, -1.0), {"k": 1}, ValueError, "logit_scale must be positive and finite, got -1.0"),
         ((Q, X, math.inf), {"k": 1}, ValueError, "logit_scale must be positive and finite, got inf"),
         ((Q, X), {"k": 1, "backend": "triton"}, NotImplementedError, "cannot serve this call"),

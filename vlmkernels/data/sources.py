@@ -398,7 +398,9 @@ def _find_shards(name: str) -> list[Path]:
             found = [Path(_BRACES.sub(str(i).zfill(len(first)), name, count=1)) for i in numbers]
             missing = [p for p in found if not p.is_file()]
             if missing:
-                raise FileNotFoundError(f"data: {len(missing)} of {len(found)} shards are missing, the first: {missing[0]}")
+                raise FileNotFoundError(
+                    f"data: {len(missing)} of {len(found)} shards are missing, the first: {missing[0]}"
+                )
             return found
         if Path(name).is_file():
             return [Path(name)]

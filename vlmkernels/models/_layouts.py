@@ -91,9 +91,8 @@ def to_openai(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {name: value for name, value in state_dict.items() if name not in EXTRAS}
     if "text.token_embedding.weight" in out:
         out = {name.removeprefix("text."): value for name, value in out.items()}
-    needed = ("visual.conv1.weight", "token_embedding.weight", "positional_embedding", "text_projection")
-    if "visual.conv1.proj.weight" in out:  # our convolutional stem
-        needed = needed[1:]
+    stem = "visual.conv1.proj.weight" if "visual.conv1.proj.weight" in out else "visual.conv1.weight"
+    needed = (stem, "token_embedding.weight", "positional_embedding", "text_projection")
     missing = [name for name in needed if name not in out]
     if missing:
         raise ValueError(

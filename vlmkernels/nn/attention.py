@@ -7,6 +7,8 @@ activations are `[B, L, D]`, batch first.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -134,7 +136,7 @@ class MultiheadSelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
-        return self.out_proj(out.flatten(2))
+        return self.out_proj(cast(Tensor, out).flatten(2))
 
     def extra_repr(self) -> str:
         return f"width={self.width}, heads={self.heads}, is_causal={self.is_causal}, dropout={self.dropout}"
@@ -256,7 +258,7 @@ class MultiheadCrossAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
-        return self.out_proj(out.flatten(2))
+        return self.out_proj(cast(Tensor, out).flatten(2))
 
     def extra_repr(self) -> str:
         sizes = f"width={self.width}, heads={self.heads}, context_width={self.context_width}"
@@ -330,7 +332,8 @@ class AttentionPool2d(nn.Module):
         q = self.q_proj(tokens[:, :1]).unflatten(-1, heads)
         k = self.k_proj(tokens).unflatten(-1, heads)
         v = self.v_proj(tokens).unflatten(-1, heads)
-        return self.c_proj(attention(q, k, v, backend=self.backend).flatten(1))
+        out = cast(Tensor, attention(q, k, v, backend=self.backend))
+        return self.c_proj(out.flatten(1))
 
 
 class AttentionPool(nn.Module):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +173,7 @@ class Transformer(nn.Module):
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
     """
 
-    def __init__(self, width: int, layers: int, heads: int, *, drop_path: float = 0.0, **block) -> None:
+    def __init__(self, width: int, layers: int, heads: int, *, drop_path: float = 0.0, **block: Any) -> None:
         super().__init__()
         self.width = width
         self.gradient_checkpointing = False

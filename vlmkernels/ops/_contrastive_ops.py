@@ -8,6 +8,7 @@ logit's gradient is known as soon as the logit (sigmoid) or its row (rows-only s
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -65,14 +66,15 @@ class _Launch:
 
     def __init__(self, call: Arguments) -> None:
         n, d = call.q.shape[-2:]
-        q, k = call.q.reshape(-1, n, d), call.k.reshape(-1, *call.k.shape[-2:])
+        batch, m = math.prod(call.q.shape[:-2]), call.k.shape[-2]
+        q, k = call.q.reshape(batch, n, d), call.k.reshape(batch, m, d)
         self._alive: list[Tensor] = [q, k]
         self.arguments: dict[str, Any] = {
             "q": (q.data_ptr(), _native.dtype_tag(q.dtype), *q.stride()),
             "k": (k.data_ptr(), _native.dtype_tag(k.dtype), *k.stride()),
-            "batch": q.shape[0],
+            "batch": batch,
             "n": n,
-            "m": k.shape[1],
+            "m": m,
             "d": d,
             "columns": call.columns,
             "bf16": call.bf16,
@@ -111,6 +113,16 @@ class _Launch:
         workspace = torch.empty(call.workspace(one_pass, threads) + 64, dtype=torch.uint8)
         at = workspace.data_ptr()
         _native.call(op, function, call, at + -at % 64, threads)
+
+
+def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.op = inputs[-1]
+
+
+def _second_backward(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        f'vk.{ctx.op}: second derivatives exist on the reference path only; pass backend="reference"'
+    )
 
 
 def _softmax_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -192,6 +204,8 @@ softmax_contrastive_backward = register_op(
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_scale, Tensor grad_key_bias)",
     fake=_softmax_backward_fake,
     impl=_softmax_backward_impl,
+    setup_context=_second_setup,
+    backward=_second_backward,
 )
 softmax_contrastive = register_op(
     "softmax_contrastive",
@@ -241,27 +255,42 @@ def _one_pass_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[
     if grad_loss is None:
         return nothing
     needs, grads = ctx.needs_input_grad[:5], ctx.saved_tensors
-    # loss.backward() brings a 1, and then the kept gradients are the answer: no pass over them, no copy. Tracing
-    # (fake tensors, torch.compile) multiplies, as does anything else that is no plain tensor.
-    if not (type(grad_loss) is Tensor and grad_loss.item() == 1.0):
-        grads = one_pass_contrastive_backward(grad_loss, *grads)
+    if _may_hand_over(grad_loss):
+        # detached: they are outputs of an op that autograd watches, and the caller's to change
+        grads = tuple(g.detach() for g in grads)
+    else:
+        grads = one_pass_contrastive_backward(grad_loss, *grads, ctx.op)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True)) + nothing[5:]
 
 
-def _scaled_fake(grad_loss: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(g) for g in grads)
+def _may_hand_over(grad_loss: Tensor) -> bool:
+    """Whether the kept gradients are themselves the answer: `loss.backward()` brings a 1, and then no pass over them and
+    no copy is needed. Not while tracing, not where a graph of the gradients is asked for, and not where the graph is
+    retained: what is handed out may be written to, and the next backward needs the original."""
+    return (
+        type(grad_loss) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and grad_loss.item() == 1.0
+    )
 
 
-def _scaled_impl(grad_loss: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-    return tuple(g * grad_loss.to(g.dtype) for g in grads)
+def _scaled_fake(grad_loss: Tensor, *grads: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(g) for g in grads[:-1])
+
+
+def _scaled_impl(grad_loss: Tensor, *grads: Any) -> tuple[Tensor, ...]:
+    return tuple(g * grad_loss.to(g.dtype) for g in grads[:-1])
 
 
 one_pass_contrastive_backward = register_op(
     "one_pass_contrastive_backward",
-    "(Tensor grad_loss, Tensor grad_q, Tensor grad_k, Tensor grad_scale, Tensor grad_bias, Tensor grad_key_bias) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad_loss, Tensor grad_q, Tensor grad_k, Tensor grad_scale, Tensor grad_bias, Tensor grad_key_bias, "
+    "str op) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_scaled_fake,
     impl=_scaled_impl,
+    setup_context=_second_setup,
+    backward=_second_backward,
 )
 one_pass_contrastive = register_op(
     "one_pass_contrastive",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a FlatIndex keeps: segments of encoded rows, immutable snapshots of them, and the file they are saved in.
 
-**Snapshots.** A reader takes one `Snapshot` and never looks back; a writer builds the next one and swaps it in. Rows are
-appended behind the last row that any older snapshot knows, so both may share the buffers. A full segment is never
+**Snapshots.** A reader takes one `Snapshot` and never looks back; a writer builds the next one and swaps it in. Rows
+are appended behind the last row that any older snapshot knows, so both may share the buffers. A full segment is never
 copied: the next one is half as large as everything before it, which bounds both the waste and the number of segments.
 
 **File.** The safetensors format, written by hand so that rows stream out segment by segment and come back as views of a
@@ -219,10 +219,12 @@ class Snapshot:
         return Snapshot(self.layout, device, segments, self.last_id, runs)
 
     def _new_segment(self, capacity: int) -> Segment:
-        columns = {
-            name: torch.empty((capacity, *shape), dtype=dtype, device=self.device)
-            for name, (dtype, shape) in self.layout.columns().items()
-        }
+        # A tensor made in inference mode could not be written to outside it, by the next add.
+        with torch.inference_mode(False):
+            columns = {
+                name: torch.empty((capacity, *shape), dtype=dtype, device=self.device)
+                for name, (dtype, shape) in self.layout.columns().items()
+            }
         return Segment(columns, 0)
 
     def _extended_runs(self, ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...] | None:

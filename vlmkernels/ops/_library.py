@@ -94,7 +94,8 @@ def register_op(
         )
     if any(part in schema for part in ("=", "*", "Tensor[", "Tensor?[")):
         raise ValueError(
-            f"register_op: {NAMESPACE}::{name} may have no defaults, keyword-only arguments or lists of tensors, got {schema}"
+            f"register_op: {NAMESPACE}::{name} may have no defaults, keyword-only arguments or lists of "
+            f"tensors, got {schema}"
         )
     qualified = f"{NAMESPACE}::{name}"
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -133,20 +134,22 @@ def differentiate(
         argument is None) the entry is an empty tensor of shape [0], because a schema cannot return None;
         `like_inputs` is the fake.
     """
-    wanted = [i for i, (x, need) in enumerate(zip(tensors, needs, strict=True)) if need and x is not None]
+    wanted = {i: x for i, (x, need) in enumerate(zip(tensors, needs, strict=True)) if need and x is not None}
     grads = list(like_inputs(tensors, [False] * len(tensors)))
     if not wanted:
         return tuple(grads)
 
     with _autograd_inside_op(), torch.enable_grad():
-        leaves = [x if x is None else x.detach().requires_grad_(i in wanted) for i, x in enumerate(tensors)]
-        result = function(*leaves)
+        leaves = {i: x.detach().requires_grad_() for i, x in wanted.items()}
+        result = function(*[leaves.get(i, x) for i, x in enumerate(tensors)])
         outputs = result if isinstance(result, tuple) else (result,)
         given = (grad_outputs,) if isinstance(grad_outputs, Tensor) else tuple(grad_outputs)
         pairs = [(o, g) for o, g in zip(outputs, given, strict=True) if g is not None and o.requires_grad]
+        if not pairs:
+            return tuple(torch.zeros_like(x) for x in like_inputs(tensors, needs))
         results = torch.autograd.grad(
             [o for o, _ in pairs],
-            [leaves[i] for i in wanted],
+            list(leaves.values()),
             [g for _, g in pairs],
             allow_unused=True,
             materialize_grads=True,
@@ -154,8 +157,9 @@ def differentiate(
     storages = {x.untyped_storage().data_ptr() for x in (*tensors, *given) if x is not None}
     for i, grad in zip(wanted, results, strict=True):
         grad = grad.contiguous()
-        # an op's output may not alias an input, and the gradient of an addition is the incoming one itself
+        # outputs may alias neither inputs nor each other, and an addition hands the incoming gradient on twice
         grads[i] = grad.clone() if grad.untyped_storage().data_ptr() in storages else grad
+        storages.add(grads[i].untyped_storage().data_ptr())
     return tuple(grads)
 
 
@@ -250,7 +254,8 @@ def _refuse_gradient(name: str) -> Callable[..., None]:
 
     def refuse(ctx: Any, *grad_outputs: Tensor) -> None:
         raise NotImplementedError(
-            f'{NAMESPACE}::{name}: {what} exist on the reference path only; pass backend="reference" to vk.{public}'
+            f"{NAMESPACE}::{name}: {what} exist on the reference path only; "
+            f'pass backend="reference" to vk.{public}'
         )
 
     return refuse
@@ -261,7 +266,8 @@ def _refuse_vmap(name: str) -> Callable[..., None]:
 
     def refuse(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
-            f'{NAMESPACE}::{name}: torch.vmap works on the reference path only; pass backend="reference" to vk.{public}'
+            f"{NAMESPACE}::{name}: torch.vmap works on the reference path only; "
+            f'pass backend="reference" to vk.{public}'
         )
 
     return refuse

@@ -180,10 +180,13 @@ def attention_varlen(
         name = dispatch.choose(op, call, backend)
         seed = _seed(dropout_p, q.device)
         if name == "reference":
-            options = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
-            out, lse = reference.attention_varlen(
-                q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=return_lse, **options
-            )
+            options: dict[str, Any] = {
+                "is_causal": is_causal,
+                "scale": scale,
+                "dropout_p": dropout_p,
+                "seed": seed,
+            }
+            out, lse = reference.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
         else:
             out, lse = _attention_varlen_op(
                 q, k, v, cu_seqlens_q, cu_seqlens_k, seed, is_causal, scale, dropout_p, name
@@ -291,10 +294,13 @@ def _attention(
         name = dispatch.choose("attention", call, backend)
         seed = _seed(dropout_p, q.device)
         if name == "reference":
-            options = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
-            out, lse = reference.attention(
-                q, k, v, bias=bias, key_mask=key_mask, return_lse=return_lse, **options
-            )
+            options: dict[str, Any] = {
+                "is_causal": is_causal,
+                "scale": scale,
+                "dropout_p": dropout_p,
+                "seed": seed,
+            }
+            out, lse = reference.attention(q, k, v, bias=bias, key_mask=key_mask, **options)
         else:
             out, lse = _attention_op(q, k, v, bias, key_mask, seed, is_causal, scale, dropout_p, name)
     return (out, lse) if return_lse else out
@@ -392,7 +398,7 @@ def _forward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    options = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
     return reference.attention(q, k, v, bias=bias, key_mask=key_mask, **options)
 
 
@@ -469,7 +475,8 @@ def _backward_fake(
 _attention_backward_op = register_op(
     "attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_mask, "
-    "Tensor? seed, Tensor out, Tensor lse, bool is_causal, float scale, float dropout_p, str backend, bool[] needs) "
+    "Tensor? seed, Tensor out, Tensor lse, bool is_causal, float scale, float dropout_p, str backend, "
+    "bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     impl=_backward_impl,
@@ -497,7 +504,7 @@ def _varlen_forward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    options = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
     return reference.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
 
 

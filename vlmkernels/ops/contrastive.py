@@ -252,6 +252,9 @@ def info_nce(
         _check.same_device(op, keys=keys, key_mask=key_mask)
         _check.shape(op, "key_mask", key_mask, keys.shape[:-1], "[..., M]")
     if _choose(op, queries, keys, compute, backend) == "reference":
+        if positives is not None:
+            _check_values(op, "positives", positives, keys.shape[-2])
+        _check_usable(op, positives, key_mask, queries)
         return reference.info_nce(
             queries,
             keys,
@@ -322,6 +325,7 @@ def linear_cross_entropy(
     _check.probability(op, "label_smoothing", label_smoothing)
     _check.one_of(op, "reduction", reduction, REDUCTIONS)
     if _choose(op, hidden, weight, compute, backend) == "reference":
+        _check_values(op, "targets", targets, weight.shape[0], ignore_index)
         return reference.linear_cross_entropy(
             hidden,
             weight,
@@ -333,7 +337,7 @@ def linear_cross_entropy(
             reduction=reduction,
             compute_dtype=compute,
         )
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = hidden.reshape(targets.numel(), hidden.shape[-1])
     options = {
         "key_bias": None if bias is None else bias.to(torch.float32),
         "positives": targets.reshape(-1),
@@ -395,6 +399,39 @@ def _check_index(op: str, name: str, index: Tensor, rows: Tensor) -> None:
     _check.integer(op, name, index, (torch.int64,))
     _check.shape(op, name, index, rows.shape[:-1], "one entry per row")
     _check.same_device(op, **{"features": rows, name: index})
+
+
+def _check_values(op: str, name: str, index: Tensor, count: int, ignore_index: int | None = None) -> None:
+    """What the kernels check for themselves: indices in range, where they can be read without waiting for a device."""
+    if not _readable(index):
+        return
+    bad = (index < 0) | (index >= count)
+    if ignore_index is not None:
+        bad &= index != ignore_index
+    if bad.any():
+        raise ValueError(f"vk.{op}: {name} must be in [0, {count}), got {index[bad][0].item()}")
+
+
+def _check_usable(op: str, positives: Tensor | None, key_mask: Tensor | None, queries: Tensor) -> None:
+    if key_mask is None or not _readable(key_mask):
+        return
+    if positives is None:
+        usable = key_mask[..., : queries.shape[-2]]
+    elif not _readable(positives):
+        return
+    else:
+        usable = key_mask.gather(-1, positives)
+    if not usable.all():
+        raise ValueError(f"vk.{op}: positives must be usable keys, but key_mask leaves some out")
+
+
+def _readable(x: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and not dispatch._inside_transform()
+    )
 
 
 def _refuse_group(op: str, group: Any) -> None:

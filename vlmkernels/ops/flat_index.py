@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FlatIndex: a database of vectors with exact search. What it stores is in `_index_store.py`, the search in `reference/`."""
+"""FlatIndex: a database of vectors with exact search.
+
+What it stores lives in `_index_store.py`, the search in `reference/topk_scan.py`.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +31,17 @@ class FlatIndex:
     """Vectors with int64 ids, searched exhaustively and exactly.
 
     ```
-    search: the k largest s(q, x_id) of every query, s as in vk.topk_similarity ("cosine", "dot", "l2" negated and squared)
+    search: the k largest s(q, x_id) of every query, s as in vk.topk_similarity ("cosine", "dot", "l2" = -|q - x|^2)
     ```
 
-    Scores are those of `vk.topk_similarity`: computed in float64 in a fixed order, rounded to float32, descending; equal
-    scores come in ascending id, NaN comes last. Results do not depend on the batch of queries, the thread count, the
-    order of adding, or (`exact=True`) the storage.
+    Scores are those of `vk.topk_similarity`: computed in float64 in a fixed order, rounded to float32, descending;
+    equal scores come in ascending id, NaN comes last. Results do not depend on the batch of queries, the thread
+    count, the order of adding, or (`exact=True`) the storage.
 
-    The storage is what a search reads: float32 vectors, bfloat16 ones (half the bytes), or int8 codes with one scale per
-    row (a quarter). With `exact=True` the float32 vectors are kept too, in memory or in the mapped file; the scan bounds
-    how far a code's score may be from the true one and scores the few rows that the bound cannot rule out from their
-    vectors. With `exact=False` codes are all there is, and rows rank by the vectors that the codes stand for.
+    The storage is what a search reads: float32 vectors, bfloat16 ones (half the bytes), or int8 codes with one scale
+    per row (a quarter). With `exact=True` the float32 vectors are kept too, in memory or in the mapped file; the scan
+    bounds how far a code's score may be from the true one and scores the few rows that the bound cannot rule out from
+    their vectors. With `exact=False` codes are all there is, and rows rank by the vectors that the codes stand for.
 
     Searches may run in several threads at once, also while another thread changes the index: each sees the state
     before or after a change, never a part of it. Changes wait for one another.
@@ -137,7 +140,7 @@ class FlatIndex:
 
         Args:
             vectors: [n, D] tensor or NumPy array, floating; kept as float32.
-            ids: int64 [n], not negative, distinct and new; default: one more than the largest id there has been, and so on.
+            ids: int64 [n], not negative, distinct and new; default: counted up from the largest id there has been.
 
         Returns:
             The ids, int64 [n] on the index's device.
@@ -199,7 +202,8 @@ class FlatIndex:
             ids: int64 [n], each in the index.
 
         Returns:
-            [n, D] float32: the vectors as they were added (`exact=True` or storage "float32"), or what the codes stand for.
+            [n, D] float32: the vectors as they were added (`exact=True` or storage "float32"), or what the codes
+            stand for.
 
         Raises:
             TypeError: ids are not integers.
@@ -228,12 +232,12 @@ class FlatIndex:
         Args:
             queries: [N, D] tensor or NumPy array, floating; used as float32.
             k: at least 1; may exceed `ntotal`.
-            filter: what may be found. Bool: True = allowed, [ntotal] by position (the order of `ids`), or [N, ntotal] for
-                each query. Integers: the allowed ids [F], in any order; ids that are not in the index are ignored.
+            filter: what may be found. Bool: True = allowed, [ntotal] by position (the order of `ids`), or [N, ntotal]
+                for each query. Integers: the allowed ids [F], in any order; ids that are not in the index are ignored.
 
         Returns:
-            `(scores, ids)`, float32 and int64 [N, k] on the index's device, descending. Where fewer than k vectors can be
-            found, the rest is id -1 with score -inf.
+            `(scores, ids)`, float32 and int64 [N, k] on the index's device, descending. Where fewer than k vectors can
+            be found, the rest is id -1 with score -inf.
 
         Raises:
             TypeError: queries are not floating, k is no int, the filter is neither bool nor integer.
@@ -338,7 +342,7 @@ def _full_device(device: torch.device | str) -> torch.device:
 
 
 def _array(op: str, name: str, value: Any) -> Tensor:
-    """A tensor of a tensor, a NumPy array, or a list or tuple; never a writable view of memory that NumPy holds read-only."""
+    """A tensor of a tensor, a NumPy array, or a list or tuple; never a writable view of an array that is read-only."""
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, (list, tuple, range)):

@@ -37,10 +37,10 @@ def topk_similarity(
               -sum_d (q_d - x_d)^2                       "l2"
     ```
 
-    The score that is returned and ranked by is computed in float64, its terms added in a fixed order, and rounded to float32;
-    equal scores come in ascending index, NaN comes last. So indices depend neither on the batch, nor on the thread
-    count, nor on the backend. Rows that an error bound rules out are never scored exactly; at most a few MiB of
-    approximate scores exist at once.
+    The score that is returned and ranked by is computed in float64, its terms added in a fixed order, and rounded to
+    float32; equal scores come in ascending index, NaN comes last. So indices depend neither on the batch, nor on the
+    thread count, nor on the backend. Rows that an error bound rules out are never scored exactly; at most a few MiB
+    of approximate scores exist at once.
 
     Args:
         queries: [N, D], floating.
@@ -51,8 +51,8 @@ def topk_similarity(
         backend: None, "reference", "cpu", "cuda" or "triton"; see `vk.backends()`.
 
     Returns:
-        `(scores, indices)`: [N, k] float32 (float64 for float64 inputs), descending, and [N, k] int64. Where the mask leaves
-        fewer than k rows, the rest is index -1 with score -inf.
+        `(scores, indices)`: [N, k] float32 (float64 for float64 inputs), descending, and [N, k] int64. Where the mask
+        leaves fewer than k rows, the rest is index -1 with score -inf.
 
     Raises:
         TypeError: dtypes that are not floating or differ, a mask that is not bool.
@@ -70,7 +70,7 @@ def topk_similarity(
     """
     _check.tensor("topk_similarity", "queries", queries)
     _check.tensor("topk_similarity", "database", database)
-    queries, database = follow_autocast(queries, database)
+    queries, database = follow_autocast(queries, database)  # type: ignore[assignment]
     _check.topk_similarity(queries, database, k, metric, mask)
     (n, width), m = queries.shape, database.shape[0]
     facts = {
@@ -118,16 +118,17 @@ def zero_shot(
         backend: None, "reference", "cpu", "cuda" or "triton"; see `vk.backends()`.
 
     Returns:
-        `(probabilities, indices, lse)`: [N, k] descending, [N, k] int64, and [N]; the floating ones float32 (float64 for
-        float64 inputs).
+        `(probabilities, indices, lse)`: [N, k] descending, [N, k] int64, and [N]; the floating ones float32 (float64
+        for float64 inputs).
 
     Raises:
         TypeError: dtypes that are not floating or differ, a logit_scale that is no number.
         ValueError: shapes that do not fit, k < 1 or k > C, a logit_scale number that is not positive and finite.
         NotImplementedError: the named backend cannot serve the call.
 
-    Probabilities and lse have gradients to image_features, class_features and logit_scale (indices are taken as constant);
-    second derivatives and `torch.vmap` work on the reference path. The reference keeps [N, C] float64 logits for its gradient.
+    Probabilities and lse have gradients to image_features, class_features and logit_scale (indices are taken as
+    constant); second derivatives and `torch.vmap` work on the reference path, which keeps [N, C] float64 logits for
+    its gradient.
 
     Example:
         >>> images, classes = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
@@ -137,7 +138,7 @@ def zero_shot(
     """
     _check.tensor("zero_shot", "image_features", image_features)
     _check.tensor("zero_shot", "class_features", class_features)
-    image_features, class_features = follow_autocast(image_features, class_features)
+    image_features, class_features = follow_autocast(image_features, class_features)  # type: ignore[assignment]
     _check.zero_shot(image_features, class_features, logit_scale, k)
     if not isinstance(logit_scale, Tensor):
         dtype = reference.score_dtype(image_features)

@@ -182,4 +182,5 @@ def _restore_generators(states: dict[str, Any]) -> None:
         import numpy as np
 
         name, keys, position, has_gauss, cached = states["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+        # The global generator is what user code may draw from; its state belongs to the run.
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002

@@ -35,7 +35,8 @@ class TrainConfig:
         {}, 'fields of the model\'s configuration as JSON, such as {"embed_dim": 128}'
     )
     data: str = _option(
-        "emoji", "emoji (bundled), or your own: a folder of pictures, a .csv/.tsv/.jsonl table, or .tar shards"
+        "emoji",
+        "emoji (bundled), or your own: a folder of pictures, a .csv/.tsv/.jsonl table, or .tar shards",
     )
     path_column: str | None = _option(None, "column of a table with the picture (default: found by name)")
     caption_column: str | None = _option(None, "column of a table with the caption (default: found by name)")
@@ -44,14 +45,23 @@ class TrainConfig:
     resume: bool = _option(False, "continue the run in --output from its last checkpoint")
     epochs: float = _option(60.0, "passes over the data; for emoji, a pass shows every concept once")
     batch_size: int = _option(256, "captions per step and process")
-    views: int = _option(1, "pictures per caption and step; 2: both training styles of each emoji", choices=(1, 2))
+    styles: str = _option(
+        "noto,openmoji", "emoji: drawing styles to train on; retrieval is tested on the first one left out"
+    )
+    views: int = _option(
+        1, "pictures per caption and step; 2: both training styles of each emoji", choices=(1, 2)
+    )
     optimizer: str = _option("adamw", "optimiser", choices=OPTIMIZERS)
     lr: float = _option(1e-3, "peak learning rate")
     weight_decay: float = _option(0.1, "weight decay of the matrices")
     warmup: float = _option(0.05, "share of the steps in which the learning rate rises")
     grad_clip: float = _option(1.0, "largest norm of the gradient; 0: no limit")
-    average: float = _option(0.0, "decay of the moving average of the weights that is saved; 0: the weights themselves")
-    loss: str = _option("auto", "auto: clip, or multi_positive where captions repeat in a batch", choices=LOSSES)
+    average: float = _option(
+        0.0, "decay of the moving average of the weights that is saved; 0: the weights themselves"
+    )
+    loss: str = _option(
+        "auto", "auto: clip, or multi_positive where captions repeat in a batch", choices=LOSSES
+    )
     label_smoothing: float = _option(0.0, "label smoothing of the clip loss")
     precision: str = _option("auto", "auto: bfloat16 where the processor has it", choices=PRECISIONS)
     augment: float = _option(1.0, "strength of the augmentation; 0: none")
@@ -62,16 +72,23 @@ class TrainConfig:
     device: str = _option("cpu", "cpu or cuda")
     threads: int | None = _option(None, "CPU threads (default: torch's choice)")
     workers: int = _option(4, "threads that decode your own pictures")
-    memory: float = _option(2.0, "GiB of your own pictures kept decoded; beyond, they are decoded when needed")
+    memory: float = _option(
+        2.0, "GiB of your own pictures kept decoded; beyond, they are decoded when needed"
+    )
     checkpoint_every: float = _option(60.0, "seconds between checkpoints")
     log_every: int = _option(10, "steps between lines of results.jsonl")
+    save_dtype: str = _option(
+        "float32", "dtype of the saved weights", choices=("float32", "float16", "bfloat16")
+    )
     report: bool = _option(True, "write report.html at the end")
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             allowed, value = spec.metadata.get("choices"), getattr(self, spec.name)
             if allowed and value not in allowed:
-                raise ValueError(f"train: {spec.name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+                raise ValueError(
+                    f"train: {spec.name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
+                )
         for name in ("epochs", "batch_size", "lr", "log_every", "checkpoint_every", "workers", "memory"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"train: {name} must be positive, got {getattr(self, name)}")
@@ -86,6 +103,8 @@ class TrainConfig:
                 raise ValueError(f"train: {name} must lie in [0, 1), got {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"train: threads must be at least 1, got {self.threads}")
+        if self.views == 2 and self.loss not in ("auto", "multi_positive"):
+            raise ValueError(f"train: two views of a caption need loss multi_positive, got {self.loss!r}")
         if self.resume and self.output is None:
             raise ValueError("train: resume needs output, the folder of the run to continue")
 

@@ -15,14 +15,20 @@ import torch
 
 from vlmkernels.data import emoji
 from vlmkernels.data.augment import Augment, AugmentConfig, blend_styles
-from vlmkernels.train.evaluation import EmojiEvaluation, Encoder, PairsEvaluation, evaluate_emoji, evaluate_pairs
+from vlmkernels.train.evaluation import (
+    EmojiEvaluation,
+    Encoder,
+    PairsEvaluation,
+    evaluate_emoji,
+    evaluate_pairs,
+)
 
 if TYPE_CHECKING:
     from vlmkernels.data.sources import PictureStore
 
 # A mirrored picture would not fit names with these words: directions, clock faces, letters and digits.
 _HANDED = re.compile(
-    r"\b(left|right|leftwards?|rightwards?|arrow|east|west|flag|clock|o’clock|thirty|letter|button|input|keycap|"
+    r"\b(left|right|leftwards?|rightwards?|arrow|east|west|flag|clock|thirty|letter|button|input|keycap|"
     r"mark|sign|symbol|numbers?|abc|north|south|clockwise|counterclockwise)\b"
 )
 _HANDED_GROUPS = ("Flags", "Symbols")
@@ -54,14 +60,6 @@ class Batch:
     texts: list[str]
     image_labels: torch.Tensor
     text_labels: torch.Tensor
-
-    @property
-    def one_to_one(self) -> bool:
-        """Whether picture i belongs to caption i and to no other."""
-        n = len(self.texts)
-        if len(self.image_labels) != n or not torch.equal(self.image_labels, self.text_labels):
-            return False
-        return len(self.text_labels.unique()) == n
 
 
 class _Epochs:
@@ -120,6 +118,7 @@ class EmojiCorpus:
         world_size: int = 1,
     ) -> None:
         self.data = emoji.load(styles)
+        self.one_to_one = views == 1
         self.views, self.seed, self.blend, self.tones, self.rank = views, seed, blend, tones, rank
         # Not by split="train": a style that the split holds out may be asked for here, for cross-validation.
         drawn = [e for e in self.data.emojis if not e.held_out and e.styles]
@@ -136,6 +135,8 @@ class EmojiCorpus:
             self._rows.setdefault(index, []).append(row)
         self._may_flip = torch.tensor([_mirrors(e) for e in self.data.emojis])
         self._augment = Augment(size, AugmentConfig().scaled(augment))
+        left_out = [style for style in emoji.STYLES if style not in self.data.styles]
+        self.test_style = left_out[-1] if left_out else emoji.HELD_OUT_STYLE
         self._epochs = _Epochs(len(self.concepts), batch_size, seed, rank, world_size)
 
     @property
@@ -161,15 +162,21 @@ class EmojiCorpus:
         picks = torch.rand(len(indices), generator=generator).tolist()
         first = [self._rows[i][int(p * len(self._rows[i]))] for i, p in zip(indices, picks, strict=True)]
         # The other style where there is one.
-        second = [self._rows[i][(self._rows[i].index(row) + 1) % len(self._rows[i])] for i, row in zip(indices, first, strict=True)]
+        second = [self._other_style(i, row) for i, row in zip(indices, first, strict=True)]
         pictures, others = self._pictures[torch.tensor(first)], self._pictures[torch.tensor(second)]
         views = [blend_styles(pictures, others, generator, share=self.blend)]
         if self.views == 2:
             views.append(blend_styles(others, pictures, generator, share=self.blend))
         labels = torch.tensor(indices)
-        images = self._augment(torch.cat(views), generator, may_flip=self._may_flip[labels].repeat(self.views))
+        images = self._augment(
+            torch.cat(views), generator, may_flip=self._may_flip[labels].repeat(self.views)
+        )
         texts = [emoji.random_caption(self.data.emojis[i], generator) for i in indices]
         return Batch(images, texts, labels.repeat(self.views), labels)
+
+    def _other_style(self, index: int, row: int) -> int:
+        rows = self._rows[index]
+        return rows[(rows.index(row) + 1) % len(rows)]
 
     def _with_tone(self, index: int, generator: torch.Generator) -> int:
         toned = self._toned.get(index)
@@ -179,7 +186,7 @@ class EmojiCorpus:
 
     def evaluate(self, encoder: Encoder) -> EmojiEvaluation:
         """Evaluates on the held-out style and the held-out concepts."""
-        return evaluate_emoji(encoder)
+        return evaluate_emoji(encoder, style=self.test_style)
 
 
 class PairCorpus:
@@ -226,6 +233,7 @@ class PairCorpus:
         captions = store.source.captions
         distinct = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
         self._labels = torch.tensor([distinct[caption] for caption in captions])
+        self.one_to_one = len(distinct) == count
         self._augment = Augment(size, AugmentConfig(flip=0.0).scaled(augment))
         self._epochs = _Epochs(len(self._trained), batch_size, seed, rank, world_size)
 

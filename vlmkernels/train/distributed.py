@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ class Processes:
     rank: int = 0
     world_size: int = 1
     group: dist.ProcessGroup | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_first(self) -> bool:
@@ -60,7 +60,9 @@ def join(device: str = "cpu") -> Iterator[Processes]:
     if not under_torchrun():
         yield Processes(device=torch.device(device))
         return
-    target = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    target = (
+        torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    )
     if kind == "cuda":
         torch.cuda.set_device(target)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")

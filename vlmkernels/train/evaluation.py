@@ -50,7 +50,8 @@ class Encoder:
         if not len(pictures):
             return torch.zeros(0, self.model.config.embed_dim)
         return self._encode(
-            lambda part: self.model.encode_image(transform(part).to(self._device)), pictures.split(self.batch_size)
+            lambda part: self.model.encode_image(transform(part).to(self._device)),
+            pictures.split(self.batch_size),
         )
 
     @torch.no_grad()
@@ -73,7 +74,9 @@ class Encoder:
     def _device(self) -> torch.device:
         return self.model.logit_scale.device
 
-    def _encode(self, encode: Callable[[torch.Tensor], torch.Tensor], parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _encode(
+        self, encode: Callable[[torch.Tensor], torch.Tensor], parts: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
         was_training = self.model.training
         self.model.eval()
         try:
@@ -245,6 +248,43 @@ def classification(
 
 
 @dataclass
+class Gallery:
+    """What the report shows: examples spread evenly over the test set, not chosen by how well they went.
+
+    Attributes:
+        image_to_text: (picture, its caption, [(caption found, whether right)]) with pictures uint8 [3, H, W].
+        text_to_image: (caption, [(picture found, its caption, whether right)]).
+    """
+
+    image_to_text: list[tuple[torch.Tensor, str, list[tuple[str, bool]]]]
+    text_to_image: list[tuple[str, list[tuple[torch.Tensor, str, bool]]]]
+
+
+def _gallery(
+    image_to_text: Retrieval,
+    text_to_image: Retrieval,
+    picture: Callable[[int], torch.Tensor],
+    captions: Sequence[str],
+    picture_captions: Sequence[str],
+) -> Gallery:
+    def spread(count: int, total: int) -> list[int]:
+        return [int((i + 0.5) * total / count) for i in range(min(count, total))]
+
+    from_images = []
+    for row in spread(18, image_to_text.queries):
+        truth = picture_captions[row]
+        found = [captions[i] for i in image_to_text.indices[row, :5].tolist()]
+        from_images.append((picture(row), truth, [(text, text == truth) for text in found]))
+    from_texts = []
+    for row in spread(10, text_to_image.queries):
+        wanted = captions[row]
+        rows = text_to_image.indices[row, :8].tolist()
+        found_pictures = [(picture(i), picture_captions[i], picture_captions[i] == wanted) for i in rows]
+        from_texts.append((wanted, found_pictures))
+    return Gallery(from_images, from_texts)
+
+
+@dataclass
 class EmojiEvaluation:
     """Everything that is measured on the bundled set, with what the report shows of it.
 
@@ -255,6 +295,7 @@ class EmojiEvaluation:
         names: classification over the names of all base emoji.
         groups: of held-out concepts, in all styles.
         subgroups: of held-out concepts, in all styles.
+        gallery: examples for the report.
     """
 
     pictures: list[tuple[int, str]] = field(repr=False)
@@ -263,6 +304,7 @@ class EmojiEvaluation:
     names: Classification
     groups: Classification
     subgroups: Classification
+    gallery: Gallery = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what JSON can hold."""
@@ -321,10 +363,16 @@ def evaluate_emoji(encoder: Encoder, *, style: str | None = None) -> EmojiEvalua
         of = torch.tensor([values.index(getattr(data.emojis[index], level)) for index, _ in unseen])
         features = encoder.prompts([emoji.spoken_group(v) for v in values], emoji.GROUP_TEMPLATES)
         levels[level] = classification(unseen_images, features, of, values)
+    image_to_text = retrieval(images, names, labels, labels)
+    text_to_image = retrieval(names, images, labels, labels)
+    spoken = [data.emojis[index].name for index, _ in pictures]
     return EmojiEvaluation(
         pictures=pictures,
-        image_to_text=retrieval(images, names, labels, labels),
-        text_to_image=retrieval(names, images, labels, labels),
+        image_to_text=image_to_text,
+        text_to_image=text_to_image,
+        gallery=_gallery(
+            image_to_text, text_to_image, lambda row: data.image(*pictures[row]), spoken, spoken
+        ),
         names=classification(images, prompts, labels, [e.name for e in bases]),
         groups=levels["group"],
         subgroups=levels["subgroup"],
@@ -337,6 +385,7 @@ class PairsEvaluation:
 
     image_to_text: Retrieval
     text_to_image: Retrieval
+    gallery: Gallery = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what JSON can hold."""
@@ -345,7 +394,8 @@ class PairsEvaluation:
     def sentence(self) -> str:
         """The figures that matter, in one line."""
         return (
-            f"{self.image_to_text.queries:,} held-out pairs: image->text R@1/5/10 {_percent(self.image_to_text.recall)}, "
+            f"{self.image_to_text.queries:,} held-out pairs: "
+            f"image->text R@1/5/10 {_percent(self.image_to_text.recall)}, "
             f"text->image {_percent(self.text_to_image.recall)} (chance R@1 {100 * self.image_to_text.chance[1]:.2f}%)"
         )
 
@@ -363,4 +413,9 @@ def evaluate_pairs(encoder: Encoder, pictures: torch.Tensor, captions: Sequence[
     labels = torch.tensor([position[c] for c in captions])
     images, texts = encoder.images(pictures), encoder.texts(distinct)
     own = torch.arange(len(distinct))
-    return PairsEvaluation(retrieval(images, texts, labels, own), retrieval(texts, images, own, labels))
+    image_to_text, text_to_image = (
+        retrieval(images, texts, labels, own),
+        retrieval(texts, images, own, labels),
+    )
+    gallery = _gallery(image_to_text, text_to_image, lambda row: pictures[row], distinct, list(captions))
+    return PairsEvaluation(image_to_text, text_to_image, gallery)

@@ -11,10 +11,10 @@
 namespace vk::cuda {
 
 // Returns the error of an expression from a launcher. Launchers report, they never throw and never synchronise.
-#define VK_CUDA_RETURN_IF_ERROR(expression)                 \
-  do {                                                      \
-    const cudaError_t vk_status = (expression);             \
-    if (vk_status != cudaSuccess) return vk_status;         \
+#define VK_CUDA_RETURN_IF_ERROR(expression)         \
+  do {                                              \
+    const cudaError_t vk_status = (expression);     \
+    if (vk_status != cudaSuccess) return vk_status; \
   } while (false)
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

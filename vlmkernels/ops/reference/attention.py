@@ -30,10 +30,10 @@ def attention(
     key_mask: Tensor | None = None,  # [B, Lk], True = attend
     is_causal: bool = False,
     dropout_p: float = 0.0,
-    seed: Tensor | None = None,  # int64 [1], for dropout
+    seed: Tensor | None = None,  # int64 [1], None: no dropout
     first_batch: int = 0,
     return_lse: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """`out = dropout(softmax(s)) v`, `lse = logsumexp(s)` with `s = scale q k^T + bias`; no key: 0, -inf.
 
     Vaswani et al., "Attention is all you need" (2017), equation 1. Arguments are taken as checked.
@@ -41,7 +41,7 @@ def attention(
     Args:
         first_batch: what dropout counts the first batch entry as (a packed batch is computed sequence by
             sequence).
-        return_lse: False spares the pass over the scores that lse costs; None comes back in its place.
+        return_lse: False spares the pass over the scores that lse costs; an empty tensor takes its place.
 
     Returns:
         out `[B, Lq, H, Dv]` contiguous in q's dtype; lse `[B, H, Lq]` in the dtype of the sums, -inf without
@@ -66,15 +66,15 @@ def attention(
         no_key = (scores == float("-inf")).all(-1, keepdim=True)
         scores = scores.masked_fill(no_key, 0.0)
     weights = scores.softmax(-1)
-    lse = scores.logsumexp(-1) if return_lse else None
-    if dropout_p > 0.0:
+    lse = scores.logsumexp(-1) if return_lse else scores.new_empty(0)
+    if seed is not None:
         keep = dropout_mask(seed, B, H, Lq, Lk, dropout_p, first_batch)
         weights = weights * keep * (0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p))
 
     out = (weights.reshape(B, Hk, H // Hk * Lq, Lk) @ values).reshape(B, H, Lq, v.shape[-1])
     if no_key is not None:
         out = out.masked_fill(no_key, 0.0)
-        lse = lse if lse is None else lse.masked_fill(no_key.squeeze(-1), float("-inf"))
+        lse = lse.masked_fill(no_key.squeeze(-1), float("-inf")) if return_lse else lse
     return out.transpose(1, 2).to(q.dtype).contiguous(), lse
 
 
@@ -90,8 +90,8 @@ def attention_varlen(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     return_lse: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """`attention` of each sequence by itself: sequence b has queries `cu_seqlens_q[b]:cu_seqlens_q[b+1]`.
+) -> tuple[Tensor, Tensor]:
+    """`attention` of each sequence by itself: sequence b has the queries `cu_seqlens_q[b]:cu_seqlens_q[b+1]`.
 
     Where the boundaries can be read (CPU, outside a compiler), sequence by sequence; elsewhere as one
     attention over all tokens in which a query sees its own sequence only, which costs O(Tq x Tk) but reads
@@ -123,9 +123,8 @@ def attention_varlen(
         )
         for b, (q0, q1, k0, k1) in enumerate(places)
     ]
-    return torch.cat([out[0] for out, _ in parts]), torch.cat(
-        [lse[0] for _, lse in parts], -1
-    ) if return_lse else None
+    lse = torch.cat([lse[0] for _, lse in parts], -1) if return_lse else parts[0][1]
+    return torch.cat([out[0] for out, _ in parts]), lse
 
 
 def _attention_varlen_masked(
@@ -161,7 +160,7 @@ def _attention_varlen_masked(
     scores = scores.masked_fill(no_key, 0.0)
     weights = scores.softmax(-1).masked_fill(~visible, 0.0)
     lse = scores.logsumexp(-1).masked_fill(no_key.squeeze(-1), float("-inf"))
-    if dropout_p > 0.0:
+    if seed is not None:
         heads = torch.arange(H, device=q.device)[:, None, None]
         keep = _keep(seed, sequence_q[:, None], heads, position_q[:, None], position_k[None, :], dropout_p)
         weights = weights * keep * (0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p))

@@ -122,7 +122,7 @@ def class_probabilities(
     dtype = score_dtype(image_features)
     with no_autocast(image_features.device.type):
         images, classes = image_features.to(dtype), class_vectors(class_features)
-        # In float64: rounded to float32, the differences of logits of a size of 100 would cost probabilities two digits.
+        # In float64: rounded to float32, logits of a size of 100 would cost the probabilities two digits.
         scale = logit_scale.to(device=images.device, dtype=torch.float64)
         unit_images, unit_classes = unit_vectors(images), unit_vectors(classes)
         step = max(1, _BLOCK_LOGITS // max(1, classes.shape[0]))

@@ -4,7 +4,8 @@
 Every score that is returned comes from `pair_scores`, and so does the order. The scan only rules rows out: its products
 are ordinary float32 matrix products (over the vectors, or over quantized codes), each with a bound on its distance
 from the exact score, and a row is dropped only if even its upper bound cannot reach the k-th best. So the answer does
-not depend on how the work was cut, on the thread count, or on the codes. Nothing larger than a tile of scores exists at once.
+not depend on how the work was cut, on the thread count, or on the codes. Nothing larger than a tile of scores exists
+at once.
 
 The bound. With u the rounding unit (2**-24 for float32), a query q = |q| e, and a row x that is scanned as w y:
 
@@ -153,8 +154,8 @@ def scan_range(queries: Tensor, source: Rows, threshold: float, metric: str) -> 
         metric: "dot", "cosine" or "l2".
 
     Returns:
-        `(lims, scores, labels)`: int64 [N + 1], and [R] each; query i owns lims[i] to lims[i + 1], best first, equal scores
-        by ascending label.
+        `(lims, scores, labels)`: int64 [N + 1], and [R] each; query i owns lims[i] to lims[i + 1], best first, equal
+        scores by ascending label.
     """
     found_query = [queries.new_empty(0, dtype=torch.int64)]
     found_label = [queries.new_empty(0, dtype=torch.int64)]
@@ -170,10 +171,11 @@ def scan_range(queries: Tensor, source: Rows, threshold: float, metric: str) -> 
         found_label.append(source.labels(row[hit]))
         found_score.append(exact[hit])
     query, label, score = torch.cat(found_query), torch.cat(found_label), torch.cat(found_score)
-    for key, descending in ((label, False), (score, True), (query, False)):
-        # Least significant key first: each sort is stable, and `order` is renewed from the arrays already permuted.
-        order = torch.sort(key, stable=True, descending=descending).indices
-        query, label, score = query[order], label[order], score[order]
+    # Least significant key first; a stable sort keeps the order of those before it.
+    order = label.argsort(stable=True)
+    order = order[score[order].argsort(stable=True, descending=True)]
+    order = order[query[order].argsort(stable=True)]
+    query, label, score = query[order], label[order], score[order]
     counts = torch.bincount(query, minlength=queries.shape[0])
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), score, label
 
@@ -325,7 +327,7 @@ def _merge(
 def _rank_keys(scores: Tensor, missing: Tensor) -> Tensor:
     """int64 keys in the order of scores, NaN below every number, missing below NaN."""
     narrow = torch.int64 if scores.dtype == torch.float64 else torch.int32
-    # The bits of positive floats grow with their value and those of negative ones fall; adding 0.0 merges the two zeros.
+    # The bits of positive floats grow with their value, those of negative ones fall; adding 0.0 merges the two zeros.
     bits = (scores + 0.0).view(narrow)
     bits = torch.where(bits < 0, bits ^ torch.iinfo(narrow).max, bits).long()
     lowest = torch.iinfo(torch.int64).min

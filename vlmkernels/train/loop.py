@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: from settings to a run folder with a model, an evaluation and a report.
+
+One step: a batch as a function of the step, forward under autocast, a fused contrastive loss, backward, AdamW or Lion,
+the logit scale clamped to [1, 100]. Everything random is drawn from the seed and the step, so that a run that was
+interrupted continues to the same bits on a CPU with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmkernels import _version
+from vlmkernels.data.tokenizer import Tokenizer
+from vlmkernels.data.transforms import transform_for
+from vlmkernels.models import create, save_pretrained
+from vlmkernels.ops.contrastive import clip_loss, multi_positive_loss, siglip_loss
+from vlmkernels.train import distributed
+from vlmkernels.train.checkpoint import load_checkpoint, save_checkpoint, write_text_atomically
+from vlmkernels.train.config import TrainConfig
+from vlmkernels.train.corpora import Batch, EmojiCorpus, PairCorpus
+from vlmkernels.train.evaluation import EmojiEvaluation, Encoder, PairsEvaluation, trim
+from vlmkernels.train.optim import WeightAverage, create_optimizer
+from vlmkernels.train.run_folder import RunFolder, has_checkpoint, open_run
+from vlmkernels.train.schedule import warmup_cosine
+
+if TYPE_CHECKING:
+    from vlmkernels.models.clip import CLIP
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingFailed(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class Observer:
+    """Is told how a run goes; this one does not listen."""
+
+    def message(self, text: str) -> None:
+        """Says what happens now."""
+
+    def start(self, steps: int, done: int) -> None:
+        """The steps begin; ``done`` of them were done before the run was interrupted."""
+
+    def step(self, done: int, shown: dict[str, float]) -> None:
+        """A step is done; ``shown`` has loss, pairs_per_second and eta (seconds)."""
+
+    def finish(self) -> None:
+        """The steps are over."""
+
+
+@dataclass
+class TrainResult:
+    """What a run left.
+
+    Attributes:
+        folder: where everything lies.
+        config: the settings it ran with.
+        steps: how many steps it has done by now.
+        finished: whether those are all; if not, it was asked to stop and can be continued.
+        evaluation: None where the run is not finished or nothing was kept for it.
+        seconds: wall time by part.
+    """
+
+    folder: Path
+    config: TrainConfig
+    steps: int
+    finished: bool
+    evaluation: EmojiEvaluation | PairsEvaluation | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def has_bfloat16(device: torch.device | str = "cpu") -> bool:
+    """Whether the device multiplies bfloat16 faster than float32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # Private, but the only question torch answers in all of its versions; absent means an old one: no.
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def train(
+    config: TrainConfig,
+    *,
+    observer: Observer | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    command: str | None = None,
+) -> TrainResult:
+    """Trains a model, evaluates it and writes the report.
+
+    Args:
+        config: the settings.
+        observer: is told how it goes.
+        should_stop: asked after every step; True writes a checkpoint and returns.
+        command: what to show in the report as the way to repeat the run.
+
+    Returns:
+        Where the files are and what was measured. The folder holds ``params.json``, ``results.jsonl``,
+        ``checkpoint.safetensors`` and, once finished, ``model.safetensors``, ``config.json``, ``tokenizer.json`` and
+        ``report.html``.
+
+    Raises:
+        ValueError: settings or data make no sense.
+        FileNotFoundError: there is no such data, or no run to continue.
+        TrainingFailed: the loss became NaN or infinite.
+    """
+    began = time.perf_counter()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with distributed.join(config.device) as processes, contextlib.ExitStack() as stack:
+        folder, config = open_run(config, write=processes.is_first)
+        run = _Run(config, folder, processes, observer or Observer(), command)
+        run.prepare(stack)
+        run.clock("set-up", began)
+        finished = run.steps_until_done(should_stop or (lambda: False))
+        if finished and processes.is_first:
+            run.finish()
+        return TrainResult(folder.path, config, run.step, finished, run.evaluation, run.seconds)
+
+
+class _Run:
+    """The state of a run, and its phases in the order in which `train` calls them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        processes: distributed.Processes,
+        observer: Observer,
+        command: str | None,
+    ) -> None:
+        self.config, self.folder, self.processes, self.observer = config, folder, processes, observer
+        self.command = command
+        self.step = 0
+        self.seconds: dict[str, float] = {}
+        self.evaluation: EmojiEvaluation | PairsEvaluation | None = None
+        bf16 = config.precision == "bfloat16" or (
+            config.precision == "auto" and has_bfloat16(processes.device)
+        )
+        self.precision = "bfloat16" if bf16 else "float32"
+
+    def clock(self, part: str, since: float) -> None:
+        """Adds the time since ``since`` to a part of the run."""
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - since
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context that the model computes in."""
+        return torch.autocast(
+            self.processes.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
+        )
+
+    def prepare(self, stack: contextlib.ExitStack) -> None:
+        """Opens the data, learns the vocabulary, makes model and optimiser, continues from a checkpoint."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        options = _model_options(config)
+        size = create(config.model, **options).config.vision.image_size
+        self.corpus = self._open_corpus(size, stack)
+        self.observer.message(self.corpus.describe())
+        self.tokenizer = Tokenizer.train(self.corpus.captions(), config.vocab_size)
+        text = options.get("text", {}) | {"vocab_size": self.tokenizer.vocab_size}
+        torch.manual_seed(config.seed)
+        self.model: CLIP = create(config.model, **options | {"text": text}).to(self.processes.device)  # type: ignore[assignment]
+        self.tokenizer.context_length = self.model.config.text.context_length
+        self.transform = transform_for(self.model)
+        self.optimizer = create_optimizer(
+            config.optimizer, self.model, lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.average = WeightAverage(self.model, config.average) if config.average else None
+        self.total = max(1, round(config.epochs * self.corpus.steps_per_epoch))
+        self.warmup = min(self.total, round(config.warmup * self.total))
+        if config.resume and has_checkpoint(self.folder):
+            self._restore()
+        elif self.processes.is_first:
+            self._write_params()
+            self.folder.rewind(0)
+        self.forward: Callable[..., dict[str, torch.Tensor]] = self.model
+        if self.processes.group is not None:
+            self.forward = torch.nn.parallel.DistributedDataParallel(self.model)
+
+    def _open_corpus(self, size: int, stack: contextlib.ExitStack) -> EmojiCorpus | PairCorpus:
+        config, processes = self.config, self.processes
+        shared: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "augment": config.augment,
+            "rank": processes.rank,
+            "world_size": processes.world_size,
+        }
+        if config.data == "emoji":
+            return EmojiCorpus(
+                size,
+                styles=tuple(style.strip() for style in config.styles.split(",")),
+                views=config.views,
+                blend=config.blend,
+                tones=config.tones,
+                **shared,
+            )
+        from vlmkernels.data.sources import PictureStore, open_source
+
+        source = open_source(
+            config.data, path_column=config.path_column, caption_column=config.caption_column
+        )
+        # A third larger than the model's pictures, so that zooming in does not blur.
+        store = PictureStore(source, size * 4 // 3, memory=int(config.memory * 2**30), workers=config.workers)
+        stack.enter_context(store)
+        if source.skipped:
+            logger.warning("%s", source.summary())
+            self.observer.message(source.summary())
+        return PairCorpus(store, size, val_share=config.val_share, **shared)
+
+    def _write_params(self) -> None:
+        content = {
+            "settings": self.config.to_dict(),
+            "command": self.command,
+            "precision": self.precision,
+            "threads": torch.get_num_threads(),
+            "processes": self.processes.world_size,
+            "data": self.corpus.describe(),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "model": self.model.config.to_dict(),
+            "steps": self.total,
+            "versions": {
+                "vlmkernels": _version.__version__,
+                "torch": torch.__version__,
+                "python": sys.version.split()[0],
+            },
+        }
+        write_text_atomically(self.folder.params, json.dumps(content, indent=2) + "\n")
+
+    def _restore(self) -> None:
+        progress = load_checkpoint(
+            self.folder.checkpoint, model=self.model, optimizer=self.optimizer, average=self.average
+        )
+        if progress["vocabulary"] != self.tokenizer.to_dict():
+            raise ValueError("train: the data's captions changed since the run began; it cannot be continued")
+        self.step, self.seconds = progress["step"], progress["seconds"]
+        if self.processes.is_first:
+            self.folder.rewind(self.step)
+        self.observer.message(f"continuing after step {self.step} of {self.total}")
+
+    def steps_until_done(self, should_stop: Callable[[], bool]) -> bool:
+        """Does the remaining steps; returns whether all are done."""
+        config = self.config
+        before = self.seconds.get("training", 0.0)
+        began = saved = time.perf_counter()
+        first = self.step
+        self.model.train()
+        self.observer.start(self.total, self.step)
+        window: list[torch.Tensor] = []
+        window_pairs, window_began = 0, began
+        stopped = False
+        while self.step < self.total and not stopped:
+            batch = self.corpus.batch(self.step)
+            loss, factor = self._train_step(batch)
+            self.step += 1
+            window.append(loss)
+            window_pairs += len(batch.texts) * self.processes.world_size
+            now = time.perf_counter()
+            if self.step % config.log_every == 0 or self.step == self.total:
+                mean = float(torch.stack(window).mean())
+                if not math.isfinite(mean):
+                    raise TrainingFailed(
+                        f"train: the loss is {mean} at step {self.step}; a lower lr than {config.lr} may help"
+                    )
+                row = {
+                    "step": self.step,
+                    "epoch": round(self.step / self.corpus.steps_per_epoch, 3),
+                    "loss": round(mean, 5),
+                    "lr": config.lr * factor,
+                    "logit_scale": round(float(self.model.logit_scale.detach().exp()), 3),
+                    "pairs_per_second": round(window_pairs / max(now - window_began, 1e-9), 1),
+                    "seconds": round(before + now - began, 2),
+                }
+                if self.processes.is_first:
+                    self.folder.append(row)
+                rate = (now - began) / (self.step - first)
+                shown = {k: row[k] for k in ("loss", "pairs_per_second")} | {
+                    "eta": rate * (self.total - self.step)
+                }
+                self.observer.step(self.step, shown)
+                window, window_pairs, window_began = [], 0, now
+            stopped = should_stop() and self.step < self.total
+            if stopped or self.step == self.total or now - saved >= config.checkpoint_every:
+                self.seconds["training"] = before + now - began
+                self._save_checkpoint()
+                saved = time.perf_counter()
+        self.observer.finish()
+        return not stopped
+
+    def _train_step(self, batch: Batch) -> tuple[torch.Tensor, float]:
+        """One step; returns its loss and the factor on the learning rate."""
+        device = self.processes.device
+        factor = warmup_cosine(self.step, steps=self.total, warmup=self.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * factor
+        # Dropout and the like draw from torch's generator: seeded per step, it needs no memory of earlier ones.
+        torch.manual_seed(
+            self.config.seed * 1_000_003 + self.step * self.processes.world_size + self.processes.rank
+        )
+        images = self.transform.normalize(batch.images.mul(255.0)).to(device)
+        ids = trim(self.tokenizer(batch.texts), self.tokenizer.end_id).to(device)
+        with self.autocast():
+            out = self.forward(images, ids)
+        loss = self._loss(out, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.model.clamp_logit_scale()
+        if self.average is not None:
+            self.average.update(self.model)
+        return loss.detach(), factor
+
+    def _loss(self, out: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        images, texts = out["image_features"].float(), out["text_features"].float()
+        scale, group = out["logit_scale"], self.processes.group
+        name = self.config.loss
+        if name == "auto":
+            name = "clip" if self.corpus.one_to_one else "multi_positive"
+        if name == "multi_positive":
+            labels = batch.image_labels.to(images.device), batch.text_labels.to(images.device)
+            return multi_positive_loss(images, texts, scale, *labels, group=group)
+        if name == "siglip":
+            return siglip_loss(images, texts, scale, out["logit_bias"], group=group)
+        return clip_loss(images, texts, scale, label_smoothing=self.config.label_smoothing, group=group)
+
+    def _save_checkpoint(self) -> None:
+        if not self.processes.is_first:
+            return
+        began = time.perf_counter()
+        progress = {"step": self.step, "seconds": self.seconds, "vocabulary": self.tokenizer.to_dict()}
+        save_checkpoint(
+            self.folder.checkpoint,
+            model=self.model,
+            optimizer=self.optimizer,
+            average=self.average,
+            progress=progress,
+        )
+        logger.debug("checkpoint after step %d in %.2f s", self.step, time.perf_counter() - began)
+
+    def finish(self) -> None:
+        """Saves the model, evaluates what was saved, writes the last line of the log and the report."""
+        config = self.config
+        began = time.perf_counter()
+        if self.average is not None:
+            self.model.load_state_dict(self.average.state)
+        dtype = getattr(torch, config.save_dtype)
+        with torch.no_grad():
+            for value in self.model.state_dict().values():
+                if value.is_floating_point():
+                    value.copy_(value.to(dtype))
+        self.model.eval()
+        save_pretrained(self.model, self.folder.path, self.tokenizer, dtype=dtype)
+        self.observer.message("evaluating")
+        encoder = Encoder(self.model, self.tokenizer)
+        self.evaluation = self.corpus.evaluate(encoder)
+        self.clock("evaluation", began)
+        row: dict[str, Any] = {"step": self.step, "evaluation": None, "seconds_by_part": self.seconds}
+        if self.evaluation is not None:
+            row["evaluation"] = self.evaluation.to_dict()
+        self.folder.append(row)
+        if config.report:
+            from vlmkernels.train.report import write_report
+
+            began = time.perf_counter()
+            write_report(self.folder, self.evaluation, self.seconds)
+            self.clock("report", began)
+
+
+def _model_options(config: TrainConfig) -> dict[str, Any]:
+    """The overrides of the model's configuration; the sigmoid loss starts from its paper's scale and bias."""
+    options = json.loads(json.dumps(config.model_options))
+    if config.loss == "siglip":
+        options.setdefault("init_logit_scale", math.log(10.0))
+        options.setdefault("init_logit_bias", -10.0)
+    return options
