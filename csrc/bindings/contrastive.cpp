@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The contrastive family in vlmkernels._cpu: keyword arguments into one ContrastiveCall, nothing else.
+#include "cpu/contrastive.h"
+
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <tuple>
 
 #include "core/error.h"
-#include "cpu/contrastive.h"
 
 namespace py = pybind11;
 
@@ -14,7 +15,7 @@ namespace vk {
 namespace {
 
 using cpu::ContrastiveCall;
-using Address = std::uintptr_t;                                             // 0: no such tensor
+using Address = std::uintptr_t;                                              // 0: no such tensor
 using MatrixArgument = std::tuple<Address, int, int64_t, int64_t, int64_t>;  // data, dtype, batch, row, column stride
 
 template <class T>
@@ -30,12 +31,11 @@ cpu::Matrix matrix(const MatrixArgument& argument) {
 }
 
 ContrastiveCall make_call(const MatrixArgument& q, const MatrixArgument& k, int64_t batch, int64_t n, int64_t m,
-                          int64_t d, bool sigmoid, bool columns, bool bf16, int reduction,
-                          Address scale, Address logit_bias, float smoothing, Address positives, bool ignores,
-                          int64_t ignore_index, Address row_labels, Address col_labels,
-                          Address key_mask, Address key_bias, Address loss, Address row_lse, Address col_lse,
-                          Address saved, Address grad_loss, Address grad_q, Address grad_k, Address grad_q_bf16,
-                          Address grad_k_bf16, Address grad_scale,
+                          int64_t d, bool sigmoid, bool columns, bool bf16, int reduction, Address scale,
+                          Address logit_bias, float smoothing, Address positives, bool ignores, int64_t ignore_index,
+                          Address row_labels, Address col_labels, Address key_mask, Address key_bias, Address loss,
+                          Address row_lse, Address col_lse, Address saved, Address grad_loss, Address grad_q,
+                          Address grad_k, Address grad_q_bf16, Address grad_k_bf16, Address grad_scale,
                           Address grad_logit_bias, Address grad_key_bias) {
   ContrastiveCall call;
   call.problem.q = matrix(q);
@@ -87,17 +87,18 @@ void run(ContrastiveCall& call, Address workspace, int threads) {
 void bind_contrastive(py::module_& m) {
   const Address none = 0;
   py::class_<ContrastiveCall>(m, "ContrastiveCall")
-      .def(py::init(&make_call), py::kw_only(), py::arg("q"), py::arg("k"), py::arg("batch"), py::arg("n"), py::arg("m"),
-           py::arg("d"), py::arg("sigmoid") = false, py::arg("columns") = false, py::arg("bf16") = false,
+      .def(py::init(&make_call), py::kw_only(), py::arg("q"), py::arg("k"), py::arg("batch"), py::arg("n"),
+           py::arg("m"), py::arg("d"), py::arg("sigmoid") = false, py::arg("columns") = false, py::arg("bf16") = false,
            py::arg("reduction") = 0, py::arg("scale"), py::arg("logit_bias") = none, py::arg("smoothing") = 0.0f,
-           py::arg("positives") = none, py::arg("ignores") = false, py::arg("ignore_index") = 0, py::arg("row_labels") = none, py::arg("col_labels") = none,
-           py::arg("key_mask") = none, py::arg("key_bias") = none, py::arg("loss") = none, py::arg("row_lse") = none,
-           py::arg("col_lse") = none, py::arg("saved") = none, py::arg("grad_loss") = none, py::arg("grad_q") = none,
-           py::arg("grad_k") = none, py::arg("grad_q_bf16") = none, py::arg("grad_k_bf16") = none,
-           py::arg("grad_scale") = none, py::arg("grad_logit_bias") = none,
-           py::arg("grad_key_bias") = none)
+           py::arg("positives") = none, py::arg("ignores") = false, py::arg("ignore_index") = 0,
+           py::arg("row_labels") = none, py::arg("col_labels") = none, py::arg("key_mask") = none,
+           py::arg("key_bias") = none, py::arg("loss") = none, py::arg("row_lse") = none, py::arg("col_lse") = none,
+           py::arg("saved") = none, py::arg("grad_loss") = none, py::arg("grad_q") = none, py::arg("grad_k") = none,
+           py::arg("grad_q_bf16") = none, py::arg("grad_k_bf16") = none, py::arg("grad_scale") = none,
+           py::arg("grad_logit_bias") = none, py::arg("grad_key_bias") = none)
       .def("workspace", &cpu::contrastive_workspace, py::arg("one_pass"), py::arg("threads"));
-  m.def("contrastive_forward", &run<cpu::contrastive_forward>, py::arg("call"), py::arg("workspace"), py::arg("threads"));
+  m.def("contrastive_forward", &run<cpu::contrastive_forward>, py::arg("call"), py::arg("workspace"),
+        py::arg("threads"));
   m.def("contrastive_backward", &run<cpu::contrastive_backward>, py::arg("call"), py::arg("workspace"),
         py::arg("threads"));
   m.def("contrastive_one_pass", &run<cpu::contrastive_one_pass>, py::arg("call"), py::arg("workspace"),

@@ -21,9 +21,9 @@ namespace vk::cpu {
 namespace {
 
 constexpr int64_t kMiB = int64_t{1} << 20;
-constexpr int64_t kScratchLimit = 48 * kMiB;   // of all parts together
-constexpr int64_t kChunkLimit = 50 * kMiB;     // dot products kept in one pass
-constexpr int64_t kSmallPart = 1 << 21;        // multiply-adds below which another thread costs more than it brings
+constexpr int64_t kScratchLimit = 48 * kMiB;  // of all parts together
+constexpr int64_t kChunkLimit = 50 * kMiB;    // dot products kept in one pass
+constexpr int64_t kSmallPart = 1 << 21;       // multiply-adds below which another thread costs more than it brings
 constexpr int64_t kRowAlign = 8;
 constexpr int64_t kColAlign = 48;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -54,7 +54,8 @@ ContrastivePlan make_plan(const ContrastiveProblem& p, int threads) {
   plan.scratch_bytes = part_scratch(p, plan.block_rows);
   while (plan.threads > 1 && plan.threads * plan.scratch_bytes > kScratchLimit) --plan.threads;
   const int64_t n = std::max<int64_t>(p.n, 1), m = std::max<int64_t>(p.m, 1);
-  const int64_t most = std::clamp<int64_t>(kChunkLimit / (4 * m) / kRowAlign * kRowAlign, kRowAlign, round_up(n, kRowAlign));
+  const int64_t most =
+      std::clamp<int64_t>(kChunkLimit / (4 * m) / kRowAlign * kRowAlign, kRowAlign, round_up(n, kRowAlign));
   const int64_t chunks = (n + most - 1) / most;
   plan.chunk_rows = round_up((n + chunks - 1) / chunks, kRowAlign);  // chunks of equal size
   return plan;
@@ -318,10 +319,11 @@ class ChunkPass {
   }
 
   PartSums gradients() {
-    const PartSums total = run([&](ContrastiveProblem& part, int64_t col0, int64_t col1, char* scratch, PartSums* sums) {
-      if (part.grad_q) std::fill_n(part.grad_q, rows_ * whole_.d, 0.0f);
-      kernels().contrastive.gradients(part, plan_, 0, rows_, col0, col1, scratch, sums);
-    });
+    const PartSums total =
+        run([&](ContrastiveProblem& part, int64_t col0, int64_t col1, char* scratch, PartSums* sums) {
+          if (part.grad_q) std::fill_n(part.grad_q, rows_ * whole_.d, 0.0f);
+          kernels().contrastive.gradients(part, plan_, 0, rows_, col0, col1, scratch, sums);
+        });
     if (whole_.grad_q) {
       float* out = whole_.grad_q + row_ * whole_.d;
       for (const ContrastiveProblem& part : parts_) {
@@ -338,8 +340,10 @@ class ChunkPass {
     std::vector<PartSums> sums(parts_.size());
     parallel_for(parts, parts, [&](int64_t part) {
       const int t = static_cast<int>(part);
-      const int64_t col0 = boundary(0, whole_.m, t, parts, kColAlign), col1 = boundary(0, whole_.m, t + 1, parts, kColAlign);
-      body(parts_[static_cast<size_t>(t)], col0, col1, scratch_ + t * plan_.scratch_bytes, &sums[static_cast<size_t>(t)]);
+      const int64_t col0 = boundary(0, whole_.m, t, parts, kColAlign),
+                    col1 = boundary(0, whole_.m, t + 1, parts, kColAlign);
+      body(parts_[static_cast<size_t>(t)], col0, col1, scratch_ + t * plan_.scratch_bytes,
+           &sums[static_cast<size_t>(t)]);
     });
     PartSums total;
     for (const PartSums& s : sums) add(total, s);
@@ -351,7 +355,8 @@ class ChunkPass {
     for (const ContrastiveProblem& part : parts_) max = std::max(max, part.row_max[i]);
     double sum = 0.0, target = 0.0, total = 0.0;
     for (const ContrastiveProblem& part : parts_) {
-      if (part.row_sum[i] != 0.0f) sum += static_cast<double>(part.row_sum[i]) * std::exp(static_cast<double>(part.row_max[i] - max));
+      if (part.row_sum[i] != 0.0f)
+        sum += static_cast<double>(part.row_sum[i]) * std::exp(static_cast<double>(part.row_max[i] - max));
       target += part.row_target[i];
       total += part.row_total[i];
     }

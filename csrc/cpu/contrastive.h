@@ -14,26 +14,26 @@ namespace vk::cpu {
 enum class Objective : int32_t { kSoftmax = 0, kSigmoid = 1 };
 
 struct ContrastiveProblem {
-  Matrix q, k;                        // [N, D] and [M, D]
+  Matrix q, k;  // [N, D] and [M, D]
   int64_t n = 0, m = 0, d = 0;
   Objective objective = Objective::kSoftmax;
-  bool columns = false;               // softmax: the second direction too
-  bool bf16 = false;                  // products in bf16 with float32 sums, else float32
+  bool columns = false;  // softmax: the second direction too
+  bool bf16 = false;     // products in bf16 with float32 sums, else float32
   float scale = 1.0f;
   float logit_bias = 0.0f;
-  float smoothing = 0.0f;             // label smoothing: targets (1 - s) * positive + s / (number of classes)
-  const float* key_bias = nullptr;    // [M]; -inf leaves a key out
-  const int64_t* positives = nullptr; // [N] index of a row's positive, -1 for none; null: positives by label
+  float smoothing = 0.0f;               // label smoothing: targets (1 - s) * positive + s / (number of classes)
+  const float* key_bias = nullptr;      // [M]; -inf leaves a key out
+  const int64_t* positives = nullptr;   // [N] index of a row's positive, -1 for none; null: positives by label
   const int32_t* row_labels = nullptr;  // [N], with col_labels [M]: equal labels are positives
   const int32_t* col_labels = nullptr;
-  const float* row_share = nullptr;   // [N] with labels: 1 / (positives of the row), 0 without any
-  const float* col_share = nullptr;   // [M]
+  const float* row_share = nullptr;  // [N] with labels: 1 / (positives of the row), 0 without any
+  const float* col_share = nullptr;  // [M]
 
   // Statistics of the forward pass: running maximum and shifted sum. A log-sum-exp is kept as these two, (maximum,
   // log of the sum), never added up: a converged loss is their tiny difference to the target's logit.
   float *row_max = nullptr, *row_sum = nullptr, *row_target = nullptr, *row_total = nullptr;  // [N]
   float *col_max = nullptr, *col_sum = nullptr, *col_target = nullptr, *col_total = nullptr;  // [M]
-  float* saved = nullptr;             // dot products kept from forward: [rows from saved_row, M]
+  float* saved = nullptr;  // dot products kept from forward: [rows from saved_row, M]
   int64_t saved_row = 0;
 
   // Backward: derivative of the result by each row's and column's loss (sigmoid: row_weight by each logit's loss).
@@ -45,21 +45,21 @@ struct ContrastiveProblem {
 
 // What one part of a pass leaves to be added up in a fixed order.
 struct PartSums {
-  double loss = 0.0;        // sigmoid objective, unweighted
+  double loss = 0.0;  // sigmoid objective, unweighted
   double grad_scale = 0.0;
   double grad_logit_bias = 0.0;
 };
 
 // How a pass is cut; the same for every instruction set.
 struct ContrastivePlan {
-  int threads = 1;             // parts that run at once
-  int64_t chunk_rows = 0;      // one pass, softmax: rows whose dot products are kept at once
-  int64_t block_rows = 512;    // rows packed together
-  int64_t scratch_bytes = 0;   // of one part
+  int threads = 1;            // parts that run at once
+  int64_t chunk_rows = 0;     // one pass, softmax: rows whose dot products are kept at once
+  int64_t block_rows = 512;   // rows packed together
+  int64_t scratch_bytes = 0;  // of one part
 };
 
-inline constexpr int64_t kTileRows = 128;  // rows of one gradient tile
-inline constexpr int64_t kTileCols = 240;  // its columns: a multiple of every instruction set's panel width
+inline constexpr int64_t kTileRows = 128;        // rows of one gradient tile
+inline constexpr int64_t kTileCols = 240;        // its columns: a multiple of every instruction set's panel width
 inline constexpr int64_t kTileStride = 272;      // floats between rows: 17 cache lines, so columns do not share sets
 inline constexpr int64_t kPairTileStride = 144;  // units between rows of bf16 pairs: 9 cache lines
 
@@ -76,26 +76,26 @@ enum class Reduction : int32_t { kMean = 0, kSum = 1, kNone = 2 };
 
 // One call of an op: `batch` problems of the same size, the mean of their losses. Arrays are contiguous over the batch.
 struct ContrastiveCall {
-  ContrastiveProblem problem;            // the first one
+  ContrastiveProblem problem;  // the first one
   int64_t batch = 1, q_batch_stride = 0, k_batch_stride = 0;
   Reduction reduction = Reduction::kMean;
-  const int64_t* positives = nullptr;    // [batch, N]; null without labels: row i's positive is key i
-  bool ignores = false;                  // rows whose positive is `ignore_index` count nowhere
+  const int64_t* positives = nullptr;  // [batch, N]; null without labels: row i's positive is key i
+  bool ignores = false;                // rows whose positive is `ignore_index` count nowhere
   int64_t ignore_index = 0;
-  const int64_t* row_labels = nullptr;   // [batch, N]
-  const int64_t* col_labels = nullptr;   // [batch, M]
-  const uint8_t* key_mask = nullptr;     // [batch, M], 0 leaves a key out
-  const float* key_bias = nullptr;       // [M]
+  const int64_t* row_labels = nullptr;  // [batch, N]
+  const int64_t* col_labels = nullptr;  // [batch, M]
+  const uint8_t* key_mask = nullptr;    // [batch, M], 0 leaves a key out
+  const float* key_bias = nullptr;      // [M]
 
-  float* loss = nullptr;                 // one number, or [batch, N] where nothing is reduced
+  float* loss = nullptr;                         // one number, or [batch, N] where nothing is reduced
   float *row_lse = nullptr, *col_lse = nullptr;  // [batch, 2, N], [batch, 2, M]: maximum, log of the shifted sum
-  float* saved = nullptr;                // [batch, N, M] dot products, or null: backward forms them again
+  float* saved = nullptr;                        // [batch, N, M] dot products, or null: backward forms them again
 
-  const float* grad_loss = nullptr;      // like loss
+  const float* grad_loss = nullptr;                                      // like loss
   float *grad_q = nullptr, *grad_k = nullptr, *grad_key_bias = nullptr;  // contiguous; written, not added to
   uint16_t *grad_q_bf16 = nullptr, *grad_k_bf16 = nullptr;  // where the features are bf16: the gradients rounded, too
   float *grad_scale = nullptr, *grad_logit_bias = nullptr;  // one number each
-  char* workspace = nullptr;             // contrastive_workspace() bytes
+  char* workspace = nullptr;                                // contrastive_workspace() bytes
 };
 
 // Bytes of workspace of a call on `threads` threads. `one_pass`: for contrastive_one_pass.

@@ -56,7 +56,7 @@ struct Buffers {
 
 // What a block of columns brings to every row: kept in L1 while the rows pass.
 struct ColumnBlock {
-  alignas(64) float bias[kTileCols];     // logit bias; -inf behind the last column
+  alignas(64) float bias[kTileCols];  // logit bias; -inf behind the last column
   alignas(64) float max[kTileCols], sum[kTileCols], target[kTileCols], total[kTileCols];
   alignas(64) float shift[kTileCols], log[kTileCols], weight[kTileCols], share[kTileCols], bias_grad[kTileCols];
   alignas(64) int32_t label[kTileCols];
@@ -101,30 +101,39 @@ inline void clear_tail(float* strip, int rows, int count) {
 }
 
 // Longest chain of float32 sums: the rounding error of a dot product grows with it, and the libraries that ours is
-// measured against cut theirs about here. bf16 operands are rounded far more coarsely than any chain.
-inline constexpr int64_t kLongestChain = 256;
+// measured against cut theirs too. bf16 operands are rounded far more coarsely than any chain.
+inline constexpr int64_t kLongestChain = 128;
+
+// One block of a product, its depth in chains: out[rows x cols] (+)= left[rows x depth] right[depth x cols]. `width` is
+// the number of columns that the right operand's panel is packed for.
+template <class Op, class Layout>
+void product_block(const uint32_t* left, const uint32_t* right, int64_t width, int64_t depth, float* out, int64_t stride,
+                   int rows, int cols, bool accumulate) {
+  const int64_t longest = Op::kDepthPerUnit == 1 ? kLongestChain : depth;
+  const auto kernel = pick_micro_kernel<Op, Layout>(rows, cols);
+  int64_t from = 0;
+  do {
+    const int64_t chain = depth - from < longest ? depth - from : longest;
+    kernel(left + from * Layout::kStepStride, right + from * width, chain, out, stride, rows, cols, accumulate || from > 0);
+    from += chain;
+  } while (from < depth);
+}
 
 // A block of rows (of the packed left operand) times a block of columns: rows x count dot products into `out`.
 template <class Op>
 void product_strip(const uint32_t* left, const uint32_t* right, int64_t depth, int rows, int count, float* out) {
-  const int64_t longest = Op::kDepthPerUnit == 1 ? kLongestChain : depth;
   for (int64_t panel = 0; panel < count; panel += kCols) {
     const int64_t width = panel_width(count, panel);
-    const auto kernel = pick_micro_kernel<Op, LeftPanel>(rows, static_cast<int>(width));
-    int64_t from = 0;
-    do {
-      const int64_t chain = depth - from < longest ? depth - from : longest;
-      kernel(left + from * kRows, right + panel * depth + from * width, chain, out + panel, kTileStride, rows,
-             static_cast<int>(width), from > 0);
-      from += chain;
-    } while (from < depth);
+    product_block<Op, LeftPanel>(left, right + panel * depth, width, depth, out + panel, kTileStride, rows,
+                                 static_cast<int>(width), false);
   }
   clear_tail(out, rows, count);
 }
 
 inline void save_strip(const ContrastiveProblem& p, const float* strip, int64_t row, int rows, const ColumnBlock& b) {
   for (int i = 0; i < rows; ++i)
-    std::memcpy(p.saved + (row + i - p.saved_row) * p.m + b.first, strip + i * kTileStride, sizeof(float) * static_cast<size_t>(b.count));
+    std::memcpy(p.saved + (row + i - p.saved_row) * p.m + b.first, strip + i * kTileStride,
+                sizeof(float) * static_cast<size_t>(b.count));
 }
 
 inline void load_strip(const ContrastiveProblem& p, float* strip, int64_t row, int rows, const ColumnBlock& b) {
@@ -204,6 +213,7 @@ inline void softmax_gradient_strip(const ContrastiveProblem& p, float* strip, in
   const float hard = 1.0f - p.smoothing;
   const float row_smooth = p.smoothing / static_cast<float>(p.m), col_smooth = p.smoothing / static_cast<float>(p.n);
   VecF grad_scale = {};
+  alignas(64) float bias_grad[kTileCols] = {};  // of this strip: a sum of sums rounds less than one long sum
   for (int i = 0; i < rows; ++i) {
     float* c = strip + i * kTileStride;
     const int64_t r = row + i;
@@ -231,10 +241,13 @@ inline void softmax_gradient_strip(const ContrastiveProblem& p, float* strip, in
         if (v == positive_vec) by_column[positive % kLanes] -= hard;
         g += by_column * load(b.weight + at);
       }
-      if (p.grad_key_bias) store(b.bias_grad + at, load(b.bias_grad + at) + g);
+      if (p.grad_key_bias) store(bias_grad + at, load(bias_grad + at) + g);
       grad_scale += g * dot;
       store(c + at, g * p.scale);
     }
+  }
+  if (p.grad_key_bias) {
+    for (int v = 0; v < b.vecs; ++v) store(b.bias_grad + v * kLanes, load(b.bias_grad + v * kLanes) + load(bias_grad + v * kLanes));
   }
   sums->grad_scale += static_cast<double>(reduce_add(grad_scale));
 }
@@ -293,7 +306,8 @@ void statistics_part(const ContrastiveProblem& p, const ContrastivePlan& plan, i
 }
 
 // A float32 strip of the gradient tile becomes bf16, by rows (pairs of columns) and by pairs of rows.
-inline void convert_strip(const float* strip, int rows, int vecs, int64_t tile_row, uint32_t* tile, uint32_t* pair_tile) {
+inline void convert_strip(const float* strip, int rows, int vecs, int64_t tile_row, uint32_t* tile,
+                          uint32_t* pair_tile) {
   for (int i = 0; i < rows; i += 2) {
     const float* a = strip + i * kTileStride;
     auto* by_row = reinterpret_cast<uint16_t*>(tile + (tile_row + i) * kPairTileStride);
@@ -317,8 +331,8 @@ void product_into_gradient(const uint32_t* left, const uint32_t* right, int64_t 
     const int width = static_cast<int>(d - panel < kCols ? d - panel : kCols);
     for (int64_t i = 0; i < rows; i += kRows) {
       const int count = static_cast<int>(rows - i < kRows ? rows - i : kRows);
-      pick_micro_kernel<Op, Layout>(count, width)(left + i * Layout::kRowStride, right + panel * depth, depth,
-                                                  grad + i * d + panel, d, count, width, true);
+      product_block<Op, Layout>(left + i * Layout::kRowStride, right + panel * depth, panel_width(d, panel), depth,
+                                grad + i * d + panel, d, count, width, true);
     }
   }
 }
@@ -366,10 +380,9 @@ void gradients_part(const ContrastiveProblem& p, const ContrastivePlan& plan, in
                                            ceil_div(columns.count, Op::kDepthPerUnit), tile_rows, p.d,
                                            p.grad_q + (block + tile) * p.d);
         if (p.grad_k)
-          product_into_gradient<Op, ByColumn>(kFloat ? buffer.tile : buffer.pair_tile,
-                                              buffer.left_by_depth + tile / Op::kDepthPerUnit * width,
-                                              ceil_div(tile_rows, Op::kDepthPerUnit), columns.count, p.d,
-                                              p.grad_k + col * p.d);
+          product_into_gradient<Op, ByColumn>(
+              kFloat ? buffer.tile : buffer.pair_tile, buffer.left_by_depth + tile / Op::kDepthPerUnit * width,
+              ceil_div(tile_rows, Op::kDepthPerUnit), columns.count, p.d, p.grad_k + col * p.d);
       }
       if (p.grad_key_bias) {
         for (int j = 0; j < columns.count; ++j) p.grad_key_bias[col + j] += columns.bias_grad[j];

@@ -18,7 +18,8 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 struct AlignedUnits {
   explicit AlignedUnits(int64_t units)
-      : data(static_cast<uint32_t*>(::operator new(sizeof(uint32_t) * static_cast<size_t>(units), std::align_val_t{64}))) {
+      : data(static_cast<uint32_t*>(
+            ::operator new(sizeof(uint32_t) * static_cast<size_t>(units), std::align_val_t{64}))) {
     std::fill_n(data, units, 0u);
   }
   AlignedUnits(const AlignedUnits&) = delete;

@@ -162,11 +162,10 @@ def test_patch_dropout_keeps_distinct_patches_with_their_positions(make_model, v
 
 
 def test_conv_stem_settings():
-    stem = create(
-        "emoji-clip", vision={"stem_channels": (24, 48, 48), "stem_strides": [2, 1, 4]}
-    ).visual.conv1
+    vision = {"patch_size": 8, "stem_channels": (24, 48, 48), "stem_strides": [2, 1, 4]}
+    stem = create("emoji-clip", vision=vision).visual.conv1
     assert [block[0].stride[0] for block in stem.blocks] == [2, 1, 4]
-    assert stem(torch.zeros(1, 3, 64, 64)).shape == (1, 192, 8, 8)
+    assert stem(torch.zeros(1, 3, 64, 64)).shape == (1, 256, 8, 8)
     with pytest.raises(ValueError, match="one stride per convolution with product patch_size"):
         create("emoji-clip", vision={"stem_channels": (24, 48)})
 

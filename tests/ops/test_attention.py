@@ -182,8 +182,7 @@ def test_extreme_values(kind: str, dtype: torch.dtype) -> None:
     q, k, v = (cases.fill(kind, (2, 33, 2, 64), dtype, seed) for seed in range(3))
     out = vk.attention(q, k, v)
     exact = vk.attention(q.double(), k.double(), v.double(), backend="reference")
-    peers = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    assert_as_accurate(out, peers, exact)
+    assert_as_accurate(out, eager(q, k, v), exact)
 
 
 def test_a_nan_reaches_what_depends_on_it_and_nothing_else() -> None:
@@ -416,7 +415,8 @@ def test_compile_fullgraph_without_recompiling_for_new_sizes() -> None:
         return vk.attention_qkvpacked(qkv, key_mask=mask, is_causal=True).square().sum()
 
     compiled = torch.compile(step, fullgraph=True, backend=count, dynamic=True)
-    for B, L in ((2, 7), (3, 9), (5, 50), (4, 77)):
+    # no two sizes alike at first: the compiler would take them for one
+    for B, L in ((5, 7), (3, 9), (4, 50), (6, 77)):
         qkv, mask = torch.randn(B, L, 3, 2, 16), torch.rand(B, L) < 0.8
         torch.testing.assert_close(compiled(qkv, mask), step(qkv, mask))
     assert compilations == 1
@@ -497,7 +497,7 @@ def test_dropout_mask_is_a_function_of_seed_and_place() -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
 def test_dropout_keeps_the_right_share_of_weights(dropout_p: float) -> None:
-    mask = reference.dropout_mask(torch.tensor([5]), 4, 4, 128, 128, dropout_p)
+    mask = reference.dropout_mask(torch.tensor([123456789012345]), 4, 4, 128, 128, dropout_p)
     deviation = math.sqrt(dropout_p * (1 - dropout_p) / mask.numel())
     assert abs((~mask).double().mean().item() - dropout_p) < 4 * deviation
     # no structure along any dimension: means over the others stay within five deviations of a mean of that many
@@ -703,9 +703,7 @@ def test_sdpa_masks_broadcast_as_in_torch(shape: tuple[int, ...], boolean: bool)
     if boolean:
         mask = mask < 0.8
         mask.view(-1)[0] = True
-    elif len(shape) < 2:
-        pytest.skip("torch itself takes a one-dimensional mask only where it is bool")
-    # torch refuses to broadcast a vector to a mask, we need not
+    # torch itself takes some of these shapes only where the mask is bool
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(2, 3, 4, 6))
     torch.testing.assert_close(vk.scaled_dot_product_attention(q, k, v, attn_mask=mask), theirs)
 

@@ -440,7 +440,7 @@ class CLIP(nn.Module):
     Example:
         >>> import torch, vlmkernels as vk
         >>> model = vk.models.create("emoji-clip")
-        >>> out = model(torch.zeros(2, 3, 64, 64), torch.tensor([[4094, 5, 4095], [4094, 6, 4095]]))
+        >>> out = model(torch.zeros(2, 3, 48, 48), torch.tensor([[4094, 5, 4095], [4094, 6, 4095]]))
         >>> sorted(out), out["image_features"].shape
         (['image_features', 'logit_scale', 'text_features'], torch.Size([2, 256]))
     """
@@ -619,8 +619,17 @@ CONFIGS: dict[str, CLIPConfig] = {
     # Small enough to train on a CPU in minutes
     "emoji-clip": CLIPConfig(
         embed_dim=256,
-        vision=VisionConfig(image_size=64, layers=5, width=192, patch_size=8, stem="conv"),
-        text=TextConfig(vocab_size=4096, context_length=32, width=192, layers=4),
+        vision=VisionConfig(
+            image_size=48,
+            layers=1,
+            width=256,
+            patch_size=16,
+            stem="conv",
+            stem_channels=(32, 64, 128, 192, 256),
+            stem_strides=(2, 2, 2, 1, 2),
+            pool="mean",
+        ),
+        text=TextConfig(vocab_size=4096, context_length=32, width=128, layers=1),
         act="gelu",
     ),
 }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The registered ops of the contrastive family, and how their arguments reach the kernels.
 
-`softmax_contrastive` keeps log-sum-exps and forms the logits again in backward (8 N M D operations for CLIP; 6 where the
-dot products are kept). `one_pass_contrastive` takes the gradients in forward, for an upstream gradient of 1, because a
+`softmax_contrastive` keeps log-sum-exps and forms the logits again in backward (8 N M D operations for CLIP; 6 where
+the dot products are kept). `one_pass_contrastive` takes the gradients in forward, for an upstream gradient of 1, because a
 logit's gradient is known as soon as the logit (sigmoid) or its row (rows-only softmax) is: 6 N M D.
 """
 
@@ -96,7 +96,7 @@ class _Launch:
         self.arguments[name] = tensor.data_ptr()
 
     def gradient(self, name: str, like: Tensor, wanted: bool) -> Tensor:
-        """The gradient of a feature matrix to be written: float32 sums, rounded once more where the features are bf16."""
+        """Room for the gradient of a feature matrix: float32 sums, and their rounded copy where the features are bf16."""
         if not wanted:
             return like.new_empty(0)
         sums = torch.empty(like.shape, dtype=torch.float32)

@@ -32,7 +32,7 @@ def clip_loss(
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`(CE(Z, arange) + CE(Z.T, arange)) / 2`, `Z = logit_scale * U @ V.T + logit_bias` (Radford et al. 2021, figure 3).
+    """`(CE(Z, arange) + CE(Z.T, arange)) / 2`, `Z = logit_scale * U @ V.T + logit_bias` (Radford 2021, figure 3).
 
     Args:
         image_features: U, [..., N, D], floating, normalised by the caller; leading dimensions are independent problems
@@ -153,7 +153,9 @@ def multi_positive_loss(
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`(mean_i CE(Z_i, Y_i / |Y_i|) + mean_j CE(Z.T_j, Y.T_j / |Y.T_j|)) / 2`, `Y_ij = [label_i = label_j]` (UniCL, equation 3).
+    """`(mean_i CE(Z_i, Y_i / |Y_i|) + mean_j CE(Z.T_j, Y.T_j / |Y.T_j|)) / 2`, `Y_ij = [label_i = label_j]`.
+
+    The objective of UniCL (Yang et al. 2022, equation 3).
 
     Args:
         image_features: [..., N, D], floating, normalised by the caller; leading dimensions are independent problems
@@ -175,7 +177,8 @@ def multi_positive_loss(
 
     Example:
         >>> images, texts = torch.eye(3), torch.eye(3)[[0, 0, 1]]
-        >>> round(vk.multi_positive_loss(images, texts, 1.0, torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1])).item(), 4)
+        >>> labels = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1])
+        >>> round(vk.multi_positive_loss(images, texts, 1.0, *labels).item(), 4)
         0.7858
     """
     op = "multi_positive_loss"
@@ -282,9 +285,9 @@ def linear_cross_entropy(
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`CE(logit_scale * hidden @ weight.T + bias, targets)` without the logits: captioning heads, 100,000-class classifiers.
+    """`CE(logit_scale * hidden @ weight.T + bias, targets)`, logits never written.
 
-    With "mean" or "sum", gradients are taken in forward, chunk of rows by chunk: 6 N K D operations in all.
+    For captioning heads and 100,000-class classifiers. With "mean" or "sum", gradients are taken in forward, chunk of rows by chunk: 6 N K D operations in all.
 
     Args:
         hidden: [..., D], floating.
@@ -314,7 +317,8 @@ def linear_cross_entropy(
     _check.ndim(op, "weight", weight, 2, "[K, D]")
     if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"vk.{op}: hidden must end in weight's D = {weight.shape[1]}, got {_check.shapes(hidden=hidden, weight=weight)}"
+            f"vk.{op}: hidden must end in weight's D = {weight.shape[1]}, got "
+            f"{_check.shapes(hidden=hidden, weight=weight)}"
         )
     _check_index(op, "targets", targets, hidden)
     if bias is not None:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF009  (`_option` returns a dataclass field)
 """The settings of a training run: one dataclass that the command line, ``params.json`` and `train` share."""
 
 from __future__ import annotations

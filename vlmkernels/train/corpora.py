@@ -7,6 +7,7 @@ every caption of an epoch once, in an order drawn per epoch, and leave out what 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,15 +35,12 @@ _HANDED = re.compile(
 _HANDED_GROUPS = ("Flags", "Symbols")
 
 _KEPT_FROM_TRAINING_AT_MOST = 5000
-_MIX = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads (seed, purpose, step) over the generator's seeds
 
 
 def generator_for(seed: int, *purpose: int) -> torch.Generator:
     """Makes a generator whose state depends on the seed and on what it is for, and on nothing that happened before."""
-    mixed = seed & (2**64 - 1)
-    for number in purpose:
-        mixed = ((mixed ^ (mixed >> 29)) * _MIX + number + 1) & (2**64 - 1)
-    return torch.Generator().manual_seed((mixed ^ (mixed >> 32)) & (2**63 - 1))
+    digest = hashlib.blake2b(repr((seed, *purpose)).encode("ascii"), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 @dataclass

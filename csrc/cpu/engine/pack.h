@@ -51,7 +51,8 @@ VecU load_row_units(const Matrix& m, int64_t row, int64_t unit, int64_t depth) {
     return (VecU)load_row(m, row, first, left < kLanes ? static_cast<int>(left) : kLanes);
   } else {
     if (m.dtype == Dtype::kBF16 && m.col_stride == 1 && depth - first >= 2 * kLanes)
-      return load_units(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(m.data) + row * m.row_stride + first));
+      return load_units(
+          reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(m.data) + row * m.row_stride + first));
     alignas(VK_VECTOR_BYTES) float values[2 * kLanes];
     for (int half = 0; half < 2; ++half) {
       const int64_t from = first + half * kLanes;

@@ -77,8 +77,7 @@ inline float reduce_add(VecF v) {
 }
 
 inline float reduce_max(VecF v) {
-  for (int d = kLanes / 2; d > 0; d /= 2)
-    v = max_keep(v, swap_halves(v, d, std::make_integer_sequence<int, kLanes>{}));
+  for (int d = kLanes / 2; d > 0; d /= 2) v = max_keep(v, swap_halves(v, d, std::make_integer_sequence<int, kLanes>{}));
   return v[0];
 }
 

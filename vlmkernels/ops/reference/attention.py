@@ -47,14 +47,16 @@ def attention(
         out `[B, Lq, H, Dv]` contiguous in q's dtype; lse `[B, H, Lq]` in the dtype of the sums, -inf without
         a key.
     """
-    B, Lq, H, D = q.shape
+    B, Lq, H, _ = q.shape
     Lk, Hk = k.shape[1:3]
     sums = torch.promote_types(q.dtype, torch.float32)
     queries, keys, values = (x.to(sums).transpose(1, 2) for x in (q, k, v))  # heads before length
+    if Hk != H:
+        # stacking the query heads of a key head along the length would spare this copy, and double the rounding
+        # error of the gradients: they would be one long sum instead of a sum of H / Hk short ones
+        keys, values = (x.repeat_interleave(H // Hk, dim=1) for x in (keys, values))
 
-    # the H / Hk query heads that share a key head are stacked along the length: no copy of the keys
-    stacked = (queries * scale).reshape(B, Hk, H // Hk * Lq, D)
-    scores = (stacked @ keys.transpose(-1, -2)).reshape(B, H, Lq, Lk)
+    scores = (queries * scale) @ keys.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias.to(sums)
     visible = _visible(Lq, Lk, key_mask, is_causal, q.device)
@@ -71,7 +73,7 @@ def attention(
         keep = dropout_mask(seed, B, H, Lq, Lk, dropout_p, first_batch)
         weights = weights * keep * (0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p))
 
-    out = (weights.reshape(B, Hk, H // Hk * Lq, Lk) @ values).reshape(B, H, Lq, v.shape[-1])
+    out = weights @ values
     if no_key is not None:
         out = out.masked_fill(no_key, 0.0)
         lse = lse.masked_fill(no_key.squeeze(-1), float("-inf")) if return_lse else lse
@@ -153,7 +155,8 @@ def _attention_varlen_masked(
         visible = visible & (position_k[None, :] <= (position_q + shift)[:, None])
 
     queries, keys, values = (x.to(sums).transpose(0, 1) for x in (q, k, v))  # [H, T, D]
-    keys, values = (x.repeat_interleave(H // Hk, dim=0) for x in (keys, values))
+    if Hk != H:
+        keys, values = (x.repeat_interleave(H // Hk, dim=0) for x in (keys, values))
     scores = (queries * scale) @ keys.transpose(-1, -2)
     scores = scores.masked_fill(~visible, float("-inf"))
     no_key = ~visible.any(-1, keepdim=True)
