@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bare tile engine beside the peaks probed in the same run: packed operands in, accumulators summed up, no epilogue.
+"""The bare tile engine beside the peaks probed in the same run: packed operands in, largest value out.
 
     pytest benchmarks/bench_engine.py --benchmark-disable-gc -q [--save-results]
 
@@ -28,7 +28,9 @@ def test_engine_rate(benchmark, row, threads: int, kind: str, depth: int, m: int
         peaks.append(_native.cpu.peak(kind, SECONDS / 2, threads))
 
     def run() -> None:
-        rates.append(_native.cpu.engine_rate(kind=kind, m=m, n=COLUMNS, depth=depth, seconds=SECONDS, threads=threads))
+        rates.append(
+            _native.cpu.engine_rate(kind=kind, m=m, n=COLUMNS, depth=depth, seconds=SECONDS, threads=threads)
+        )
 
     # The clock drifts with the neighbours' load: the peak is probed before and after.
     benchmark.pedantic(run, setup=probe, rounds=2, warmup_rounds=0)

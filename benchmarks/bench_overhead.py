@@ -25,7 +25,7 @@ import vlmkernels as vk
 from vlmkernels import _native
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers import contrastive as eager  # noqa: E402  (the folder is no package: benchmarks run from anywhere)
+from peers import contrastive as eager
 
 N, D, SCALE = 64, 32, 10.0
 CALLS, ROUNDS = 500, 9

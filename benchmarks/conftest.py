@@ -37,7 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vlmkernels")
     group.addoption("--threads", type=int, default=2, help="threads of torch and of our kernels (default 2)")
     group.addoption("--machine", default=None, help="name of the folder in benchmarks/results")
-    group.addoption("--save-results", action="store_true", help="write benchmarks/results/<machine>/<family>.json")
+    group.addoption(
+        "--save-results", action="store_true", help="write benchmarks/results/<machine>/<family>.json"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,7 +67,11 @@ def machine_name() -> str:
 
 
 def brand() -> str:
-    return _native.cpu.cpu_brand().strip() if _native.cpu_reason is None else platform.processor() or platform.machine()
+    return (
+        _native.cpu.cpu_brand().strip()
+        if _native.cpu_reason is None
+        else platform.processor() or platform.machine()
+    )
 
 
 def machine(config: pytest.Config) -> dict[str, Any]:

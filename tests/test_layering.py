@@ -17,6 +17,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 #: layer: the other layers it may import. A layer is a file or folder directly in the package.
 ALLOWED = {
+    "__main__": {"cli"},
     "_version": set(),
     "systems": set(),
     "_native": {"_version"},

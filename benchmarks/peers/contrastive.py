@@ -18,7 +18,9 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def siglip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+def siglip_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
+) -> Tensor:
     """Signs from a diagonal matrix, as open_clip and big_vision form them."""
     logits = logit_scale * image_features @ text_features.T + logit_bias
     signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1

@@ -198,6 +198,7 @@ struct Prepared {
       auto* identity = arena.take<int64_t>(p.n);
       for (int64_t i = 0; i < p.n; ++i) identity[i] = i;
       p.positives = identity;
+      if (call.key_mask) check_positives(call, index);
     }
     set_means(call);
   }
@@ -498,6 +499,7 @@ void contrastive_one_pass(const ContrastiveCall& call, int threads) {
       loss = total.loss * prepared.row_mean;
       return;
     }
+    loss = reduce_losses(prepared, false, 0, 0, nullptr);  // 0, or NaN where no row counts, also without any row
     ChunkPass chunks(p, plan, gradients, arena);
     for (int64_t row = 0; row < p.n; row += plan.chunk_rows) {
       const int64_t end = std::min(p.n, row + plan.chunk_rows);

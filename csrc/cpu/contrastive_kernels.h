@@ -107,14 +107,15 @@ inline constexpr int64_t kLongestChain = 128;
 // One block of a product, its depth in chains: out[rows x cols] (+)= left[rows x depth] right[depth x cols]. `width` is
 // the number of columns that the right operand's panel is packed for.
 template <class Op, class Layout>
-void product_block(const uint32_t* left, const uint32_t* right, int64_t width, int64_t depth, float* out, int64_t stride,
-                   int rows, int cols, bool accumulate) {
+void product_block(const uint32_t* left, const uint32_t* right, int64_t width, int64_t depth, float* out,
+                   int64_t stride, int rows, int cols, bool accumulate) {
   const int64_t longest = Op::kDepthPerUnit == 1 ? kLongestChain : depth;
   const auto kernel = pick_micro_kernel<Op, Layout>(rows, cols);
   int64_t from = 0;
   do {
     const int64_t chain = depth - from < longest ? depth - from : longest;
-    kernel(left + from * Layout::kStepStride, right + from * width, chain, out, stride, rows, cols, accumulate || from > 0);
+    kernel(left + from * Layout::kStepStride, right + from * width, chain, out, stride, rows, cols,
+           accumulate || from > 0);
     from += chain;
   } while (from < depth);
 }
@@ -247,7 +248,8 @@ inline void softmax_gradient_strip(const ContrastiveProblem& p, float* strip, in
     }
   }
   if (p.grad_key_bias) {
-    for (int v = 0; v < b.vecs; ++v) store(b.bias_grad + v * kLanes, load(b.bias_grad + v * kLanes) + load(bias_grad + v * kLanes));
+    for (int v = 0; v < b.vecs; ++v)
+      store(b.bias_grad + v * kLanes, load(b.bias_grad + v * kLanes) + load(bias_grad + v * kLanes));
   }
   sums->grad_scale += static_cast<double>(reduce_add(grad_scale));
 }
@@ -258,11 +260,11 @@ inline void softmax_gradient_strip(const ContrastiveProblem& p, float* strip, in
 inline void sigmoid_gradient_strip(const ContrastiveProblem& p, float* strip, int64_t row, int rows, ColumnBlock& b,
                                    PartSums* sums) {
   VecF loss = {}, grad_scale = {}, grad_bias = {};
+  const float weight = p.row_weight[row];  // the same for every row: all pairs count
+  const float factor = weight * p.scale;
   for (int i = 0; i < rows; ++i) {
     float* c = strip + i * kTileStride;
-    const int64_t r = row + i;
-    const float weight = p.row_weight[r];
-    const int64_t positive = p.positives[r] - b.first;
+    const int64_t positive = p.positives[row + i] - b.first;
     const int positive_vec = positive >= 0 && positive < b.count ? static_cast<int>(positive / kLanes) : -1;
     for (int v = 0; v < b.vecs; ++v) {
       const int at = v * kLanes;
@@ -271,16 +273,16 @@ inline void sigmoid_gradient_strip(const ContrastiveProblem& p, float* strip, in
       if (v == positive_vec) logit[positive % kLanes] = -logit[positive % kLanes];
       const VecF e = exp_nonpositive(logit > 0.0f ? -logit : logit);
       loss += (logit > 0.0f ? logit : VecF{}) + log1p_unit(e);
-      VecF g = (logit > 0.0f ? splat(1.0f) : e) / (1.0f + e) * weight;
+      VecF g = (logit > 0.0f ? splat(1.0f) : e) / (1.0f + e);
       if (v == positive_vec) g[positive % kLanes] = -g[positive % kLanes];
       grad_scale += g * dot;
       grad_bias += g;
-      store(c + at, g * p.scale);
+      store(c + at, g * factor);
     }
   }
   sums->loss += static_cast<double>(reduce_add(loss));
-  sums->grad_scale += static_cast<double>(reduce_add(grad_scale));
-  sums->grad_logit_bias += static_cast<double>(reduce_add(grad_bias));
+  sums->grad_scale += static_cast<double>(weight) * static_cast<double>(reduce_add(grad_scale));
+  sums->grad_logit_bias += static_cast<double>(weight) * static_cast<double>(reduce_add(grad_bias));
 }
 
 template <class Op>

@@ -31,7 +31,9 @@ TINY_MODEL = {
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
     """Runs the command in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 

@@ -72,7 +72,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run: Run, arguments: list[str
 
 def test_training_leaves_a_run_with_a_report(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
-    assert {"params.json", "results.jsonl", "model.safetensors", "config.json", "tokenizer.json", "report.html"} <= names
+    assert {
+        "params.json",
+        "results.jsonl",
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "report.html",
+    } <= names
     assert "colours" in (trained / "report.html").read_text()
 
 
@@ -92,7 +99,9 @@ def test_training_again_into_a_run_is_refused(run: Run, trained: Path) -> None:
 
 def test_classify_finds_the_colour(run: Run, trained: Path, pictures: Path) -> None:
     files = [pictures / colour / f"{colour}5.png" for colour in ("red", "green", "blue")]
-    code, out, _ = run("classify", *files, "--labels", "red, green, blue", "--model", trained, "--json")
+    code, out, _ = run(
+        "classify", *files, "--labels", "red, green, blue", "--model", trained, "--json", "--template", "{}"
+    )
     assert code == 0
     results = json.loads(out)["results"]
     assert [r["labels"][0]["label"] for r in results] == ["red", "green", "blue"]
@@ -139,7 +148,9 @@ def test_what_was_indexed_is_found(run: Run, trained: Path, pictures: Path, stor
     assert text.strip().endswith(found[0]["picture"])
 
 
-def test_an_index_leaves_out_what_cannot_be_read(run: Run, trained: Path, pictures: Path, tmp_path: Path) -> None:
+def test_an_index_leaves_out_what_cannot_be_read(
+    run: Run, trained: Path, pictures: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "some"
     shutil.copytree(pictures / "red", folder)
     (folder / "broken.jpg").write_bytes(b"no picture")
@@ -186,14 +197,18 @@ def test_eval_on_emoji(run: Run, trained: Path) -> None:
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
 def test_quantized_models_are_used_like_others(run: Run, trained: Path, pictures: Path, scheme: str) -> None:
     options = ["--group-size", 32] if scheme == "w4a16" else []
-    code, out, _ = run("quantize", "--model", trained, "--scheme", scheme, "--output", "small", "--json", *options)
+    code, out, _ = run(
+        "quantize", "--model", trained, "--scheme", scheme, "--output", "small", "--json", *options
+    )
     assert code == 0
     content = json.loads(out)
     assert content["converted"]
     assert content["bytes"] < content["bytes_before"]
     assert content["cosine_images"] > 0.9
     picture = pictures / "yellow" / "yellow2.png"
-    code, out, _ = run("classify", picture, "--labels", "red,yellow", "--model", "small", "--template", "{}", "--json")
+    code, out, _ = run(
+        "classify", picture, "--labels", "red,yellow", "--model", "small", "--template", "{}", "--json"
+    )
     assert code == 0
     assert json.loads(out)["results"][0]["labels"][0]["label"] == "yellow"
     code, _, err = run("quantize", "--model", trained, "--output", "small")

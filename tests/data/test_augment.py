@@ -123,7 +123,9 @@ def test_empty_batches_work() -> None:
 
 
 @pytest.mark.parametrize(
-    "pictures", [torch.zeros(2, 4, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)], ids=["dtype", "channels"]
+    "pictures",
+    [torch.zeros(2, 4, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)],
+    ids=["dtype", "channels"],
 )
 def test_other_pictures_are_refused(pictures: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"Augment: pictures must be uint8"):

@@ -16,7 +16,9 @@ from PIL import Image
 from vlmkernels.data.sources import PictureStore, decode_picture, list_pictures, open_source
 
 
-def _png(colour: Sequence[int], size: tuple[int, int] = (20, 10), mode: str = "RGB", kind: str = "PNG") -> bytes:
+def _png(
+    colour: Sequence[int], size: tuple[int, int] = (20, 10), mode: str = "RGB", kind: str = "PNG"
+) -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, size, tuple(colour)).save(buffer, kind)
     return buffer.getvalue()
@@ -77,7 +79,11 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
 
 def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(_png((1, 2, 3)))
-    lines = ['{"path": "a.png", "text": "x"}', '{"path": "gone.png", "text": "x"}', '{"path": "a.png", "text": " "}']
+    lines = [
+        '{"path": "a.png", "text": "x"}',
+        '{"path": "gone.png", "text": "x"}',
+        '{"path": "a.png", "text": " "}',
+    ]
     (tmp_path / "t.jsonl").write_text("\n".join([*lines, "not json", '{"path": null, "text": "x"}']))
     source = open_source(tmp_path / "t.jsonl")
     assert [(s.name, s.reason) for s in source.skipped] == [
@@ -127,7 +133,9 @@ def test_shards_by_pattern(tmp_path: Path, pattern: str) -> None:
 
 
 def test_a_shard_cut_short_keeps_what_is_whole(tmp_path: Path) -> None:
-    members = {f"{i}.{kind}": _png((i, 2, 3)) if kind == "png" else b"x" for i in range(4) for kind in ("png", "txt")}
+    members = {
+        f"{i}.{kind}": _png((i, 2, 3)) if kind == "png" else b"x" for i in range(4) for kind in ("png", "txt")
+    }
     _tar(tmp_path / "s.tar", members)
     content = (tmp_path / "s.tar").read_bytes()
     (tmp_path / "s.tar").write_bytes(content[: 512 * 9])
@@ -160,7 +168,10 @@ def test_on_demand_gives_what_memory_gives(tmp_path: Path) -> None:
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(_png((i, 2 * i, 3 * i)))
     rows = [3, 1, 1, 4]
-    with PictureStore(open_source(tmp_path), 8) as store, PictureStore(open_source(tmp_path), 8, memory=0) as other:
+    with (
+        PictureStore(open_source(tmp_path), 8) as store,
+        PictureStore(open_source(tmp_path), 8, memory=0) as other,
+    ):
         assert torch.equal(store.pictures(rows)[0], other.pictures(rows)[0])
         assert other.pictures([])[0].shape == (0, 4, 8, 8)
 
@@ -205,7 +216,9 @@ def test_decoding_turns_pictures_upright() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "CMYK", "I;16"])
 def test_every_mode_becomes_rgba(mode: str) -> None:
-    picture = Image.new("L", (6, 6), 255).convert(mode) if mode != "I;16" else Image.new("I;16", (6, 6), 65535)
+    picture = (
+        Image.new("L", (6, 6), 255).convert(mode) if mode != "I;16" else Image.new("I;16", (6, 6), 65535)
+    )
     buffer = io.BytesIO()
     picture.save(buffer, "TIFF" if mode in ("CMYK", "I;16") else "PNG")
     decoded = decode_picture(buffer.getvalue())

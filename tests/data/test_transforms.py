@@ -121,7 +121,7 @@ def test_transform_for_a_model():
         "emoji-clip", vision={"layers": 1, "image_mean": (0.5, 0.5, 0.5)}, text={"layers": 1}
     )
     transform = transform_for(model)
-    assert (transform.size, transform.mean, transform.train) == (64, (0.5, 0.5, 0.5), False)
+    assert (transform.size, transform.mean, transform.train) == (48, (0.5, 0.5, 0.5), False)
     assert transform_for(model, train=True).train
     assert model.encode_image(transform(picture(80, 70))[None]).shape == (1, 256)
     with pytest.raises(TypeError, match=r"expected a model with config\.vision, got Linear"):

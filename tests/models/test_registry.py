@@ -29,8 +29,8 @@ def test_create_is_in_eval_mode_and_merges_overrides():
     )
     assert not any(module.training for module in model.modules())
     assert len(model.visual.transformer.resblocks) == 1
-    assert model.positional_embedding.shape == (9, 192)
-    assert model.text_projection.shape == (192, 32)
+    assert model.positional_embedding.shape == (9, 128)
+    assert model.text_projection.shape == (128, 32)
 
 
 def test_unknown_name_lists_the_known():

@@ -79,7 +79,7 @@ def test_losses_have_no_state(loss):
 
 def test_a_models_output_fits():
     model = models.create("emoji-clip", vision={"layers": 1}, text={"layers": 1}, init_logit_bias=-10.0)
-    out = model(torch.randn(4, 3, 64, 64), torch.randint(0, 4095, (4, 8)))
+    out = model(torch.randn(4, 3, 48, 48), torch.randint(0, 4095, (4, 8)))
     for loss in (ClipLoss(), SigLipLoss()):
         model.zero_grad()
         loss(**out).backward(retain_graph=True)

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs for the tests of the contrastive losses: a `Problem` is one call, to be made on the public ops or on the reference."""
+"""Inputs for the tests of the contrastive losses: a `Problem` is one call, on the public ops or on the reference."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from oracle import ULPS, assert_as_accurate, assert_typically_as_accurate, ulp
 from torch import Tensor
+
+from vlmkernels.ops.reference import contrastive as reference
 
 OPS = ("clip_loss", "siglip_loss", "multi_positive_loss", "info_nce", "linear_cross_entropy")
 SQUARE = ("clip_loss", "siglip_loss")  # as many texts as images
@@ -50,13 +53,20 @@ class Problem:
         """The result of the call."""
         return getattr(functions, self.op)(**self.tensors, **self.options, **keywords)
 
-    def results(self, functions: ModuleType, *, upstream: Tensor | float = 1.0, **keywords: Any) -> dict[str, Tensor]:
+    def results(
+        self, functions: ModuleType, *, upstream: Tensor | float = 1.0, **keywords: Any
+    ) -> dict[str, Tensor]:
         """The loss and the gradient of every differentiable tensor, for this gradient of the loss."""
-        leaves = replace(self, tensors={name: x.detach().requires_grad_() for name, x in self.tensors.items()})
+        leaves = replace(
+            self, tensors={name: x.detach().requires_grad_() for name, x in self.tensors.items()}
+        )
         loss = leaves.loss(functions, **keywords)
         upstream = torch.as_tensor(upstream).to(loss.dtype).expand(loss.shape)
         grads = torch.autograd.grad(loss, list(leaves.tensors.values()), upstream, materialize_grads=True)
-        return {"loss": loss.detach(), **{f"gradient of {name}": g for name, g in zip(leaves.tensors, grads, strict=True)}}
+        return {
+            "loss": loss.detach(),
+            **{f"gradient of {name}": g for name, g in zip(leaves.tensors, grads, strict=True)},
+        }
 
 
 def make(
@@ -113,14 +123,80 @@ def make(
 
 
 def shapes(op: str) -> Iterator[tuple[int, int, int]]:
-    """(N, M, D) that an op is tried at: small, prime, token counts, and just under and over each size of the CPU's tiles."""
-    yield from ((1, 1, 1), (2, 2, 3), (3, 3, 8), (7, 7, 47), (8, 8, 48), (9, 9, 49), (31, 31, 64), (47, 47, 100))
-    yield from ((48, 48, 1), (49, 49, 512), (50, 50, 64), (77, 77, 8), (127, 127, 3), (128, 128, 16), (129, 129, 17))
-    yield from ((197, 197, 64), (239, 239, 15), (240, 240, 48), (241, 241, 100), (257, 257, 33), (513, 513, 7))
+    """(N, M, D) that an op is tried at: small, prime, token counts, around each size of the CPU's tiles."""
+    yield from (
+        (1, 1, 1),
+        (2, 2, 3),
+        (3, 3, 8),
+        (7, 7, 47),
+        (8, 8, 48),
+        (9, 9, 49),
+        (31, 31, 64),
+        (47, 47, 100),
+    )
+    yield from (
+        (48, 48, 2),
+        (49, 49, 512),
+        (50, 50, 64),
+        (77, 77, 8),
+        (127, 127, 3),
+        (128, 128, 16),
+        (129, 129, 17),
+    )
+    yield from (
+        (197, 197, 64),
+        (239, 239, 15),
+        (240, 240, 48),
+        (241, 241, 100),
+        (257, 257, 33),
+        (513, 513, 7),
+    )
     if op not in SQUARE:
         yield from ((1, 300, 8), (17, 241, 64), (50, 77, 3), (8, 1000, 49), (128, 480, 16))
     if op in ("multi_positive_loss", "linear_cross_entropy"):
         yield from ((300, 1, 8), (241, 17, 64), (77, 50, 3))
+
+
+def assert_accurate(
+    problems: Sequence[Problem],
+    ours: Sequence[dict[str, Tensor]],
+    *,
+    upstream: Tensor | float = 1.0,
+    compute_dtype: torch.dtype | None = None,
+) -> None:
+    """The results of some draws obey the accuracy rule: the loss, and the gradient of every input."""
+    eager = [p.results(reference, upstream=upstream, compute_dtype=compute_dtype) for p in problems]
+    exact = [p.to(torch.float64).results(reference, upstream=upstream) for p in problems]
+    first, second = OPERANDS[problems[0].op]
+    features = torch.cat([p.tensors[name].double().flatten() for p in problems for name in (first, second)])
+    largest_feature = features.abs().max().item()
+    dots = [p.tensors[first].double() @ p.tensors[second].double().mT for p in problems]
+    largest_upstream = torch.as_tensor(upstream).abs().max().item()
+    rows = problems[0].tensors[first].shape[-2]
+    weight = largest_upstream / (rows if problems[0].options.get("reduction", "mean") == "mean" else 1)
+    for name in exact[0]:
+        triple = [[results[name] for results in side] for side in (ours, eager, exact)]
+        if name == "loss":
+            # the loss of a fitted problem is the logarithm of a float32 sum just above 1
+            assert_as_accurate(*triple, name, at_least=ulp(1.0, torch.float32))
+        elif exact[0][name].ndim == 0:
+            # a sum over all pairs whose two halves, what is expected and what is observed, cancel
+            half = max(dot.abs().max().item() for dot in dots) if name == "gradient of logit_scale" else 1.0
+            assert_as_accurate(*triple, name, at_least=ULPS * ulp(half * weight * rows, torch.float32))
+        elif compute_dtype == torch.bfloat16 and name != "gradient of bias":
+            # the gradient tile is rounded to bf16 before it is multiplied, eager's reference only its product
+            scale = max(p.tensors["logit_scale"].abs().item() for p in problems)
+            rounding = torch.finfo(torch.bfloat16).eps / 2 * weight * scale * largest_feature
+            assert_typically_as_accurate(*triple, name, at_least=rounding)
+        else:
+            assert_typically_as_accurate(*triple, name)
+
+
+def draws(op: str, n: int, m: int, d: int) -> list[Problem]:
+    """Some problems of one shape: as many more as they are smaller, so that chance evens out."""
+    return [
+        make(op, n, m, d, seed=seed) for seed in range(16 if n * m <= 1000 else 8 if n * m <= 10000 else 3)
+    ]
 
 
 def row_gradient(problem: Problem) -> Tensor:

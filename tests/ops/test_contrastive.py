@@ -8,14 +8,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_problems import OPERANDS, OPS, SQUARE, make, row_gradient, shapes
-from oracle import assert_as_accurate
+from contrastive_problems import OPERANDS, OPS, SQUARE, assert_accurate, draws, make, row_gradient, shapes
+from oracle import assert_as_accurate, ulp
 
 from vlmkernels import _native
 from vlmkernels.ops import contrastive as ops
 from vlmkernels.ops.reference import contrastive as reference
 
-needs_cpu = pytest.mark.skipif(_native.cpu_reason is not None, reason=f"vlmkernels._cpu: {_native.cpu_reason}")
+needs_cpu = pytest.mark.skipif(
+    _native.cpu_reason is not None, reason=f"vlmkernels._cpu: {_native.cpu_reason}"
+)
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu)]
 DRAWS = 3
 
@@ -49,7 +51,9 @@ def test_clip_loss_with_smoothing_golden_value(backend):
 @each_backend
 def test_siglip_loss_golden_value(backend):
     image, text = golden_features()
-    assert ops.siglip_loss(image, text, 10.0, -10.0, backend=backend).item() == pytest.approx(1.65556897, rel=2e-6)
+    assert ops.siglip_loss(image, text, 10.0, -10.0, backend=backend).item() == pytest.approx(
+        1.65556897, rel=2e-6
+    )
 
 
 @each_backend
@@ -93,13 +97,17 @@ def test_clip_loss_orthonormal_features_float64():
 @each_backend
 def test_siglip_loss_orthonormal_features(backend):
     image = torch.eye(8)
-    assert ops.siglip_loss(image, image, 10.0, -10.0, backend=backend).item() == pytest.approx(0.69346497, rel=1e-6)
+    assert ops.siglip_loss(image, image, 10.0, -10.0, backend=backend).item() == pytest.approx(
+        0.69346497, rel=1e-6
+    )
 
 
 @each_backend
 def test_siglip_loss_zero_similarities(backend):
     zero = torch.zeros(8, 4)
-    assert ops.siglip_loss(zero, zero, 10.0, -10.0, backend=backend).item() == pytest.approx(10.00036319, rel=1e-6)
+    assert ops.siglip_loss(zero, zero, 10.0, -10.0, backend=backend).item() == pytest.approx(
+        10.00036319, rel=1e-6
+    )
 
 
 @each_backend
@@ -123,7 +131,12 @@ def test_reference_equals_library_cross_entropy(op):
         expected = sum(both) / 2
     elif op == "siglip_loss":
         targets = torch.eye(7, dtype=torch.float64)
-        expected = F.binary_cross_entropy_with_logits(logits + problem.tensors["logit_bias"], targets, reduction="sum") / 7
+        expected = (
+            F.binary_cross_entropy_with_logits(
+                logits + problem.tensors["logit_bias"], targets, reduction="sum"
+            )
+            / 7
+        )
     elif op == "multi_positive_loss":
         equal = (problem.options["image_labels"][:, None] == problem.options["text_labels"]).double()
         directions = []
@@ -136,34 +149,31 @@ def test_reference_equals_library_cross_entropy(op):
         renumbered = usable.cumsum(0)[problem.options["positives"]] - 1
         expected = F.cross_entropy(logits[:, usable], renumbered)
     else:
-        expected = F.cross_entropy(logits + problem.tensors["bias"], problem.options["targets"], label_smoothing=0.1)
+        expected = F.cross_entropy(
+            logits + problem.tensors["bias"], problem.options["targets"], label_smoothing=0.1
+        )
     torch.testing.assert_close(problem.loss(reference), expected)
 
 
 # Accuracy.
 
 
-def assert_accurate(problems, *, eager_dtype=None, upstream=0.37, **keywords):
+def check_accuracy(problems, *, upstream=0.37, compute_dtype=None):
     """The cpu kernels obey the accuracy rule, for the loss and for the gradient of every input."""
-    ours, eager, exact = [], [], []
-    for problem in problems:
-        ours.append(problem.results(ops, backend="cpu", upstream=upstream, **keywords))
-        eager.append(problem.results(reference, upstream=upstream, **keywords))
-        exact.append(problem.to(torch.float64).results(reference, upstream=upstream))
-    for name in exact[0]:
-        assert_as_accurate([r[name] for r in ours], [r[name] for r in eager], [r[name] for r in exact], name)
+    ours = [p.results(ops, backend="cpu", upstream=upstream, compute_dtype=compute_dtype) for p in problems]
+    assert_accurate(problems, ours, upstream=upstream, compute_dtype=compute_dtype)
 
 
 @needs_cpu
 @pytest.mark.parametrize(("op", "shape"), [(op, shape) for op in OPS for shape in shapes(op)])
 def test_float32_is_as_accurate_as_eager(op, shape):
-    assert_accurate([make(op, *shape, seed=seed) for seed in range(DRAWS)])
+    check_accuracy(draws(op, *shape))
 
 
 @needs_cpu
 @pytest.mark.parametrize(("op", "shape"), [(op, shape) for op in OPS for shape in shapes(op)])
 def test_bfloat16_compute_is_as_accurate_as_eager(op, shape):
-    assert_accurate([make(op, *shape, seed=seed) for seed in range(DRAWS)], compute_dtype=torch.bfloat16)
+    check_accuracy(draws(op, *shape), compute_dtype=torch.bfloat16)
 
 
 @needs_cpu
@@ -174,7 +184,7 @@ def test_bfloat16_features_are_as_accurate_as_eager(op):
         problem = make(op, 77, d=64, seed=seed)
         first, second = OPERANDS[op]
         problems.append(problem.but(**{name: problem.tensors[name].bfloat16() for name in (first, second)}))
-    assert_accurate(problems)
+    check_accuracy(problems)
 
 
 @needs_cpu
@@ -183,7 +193,22 @@ def test_bfloat16_loss_is_the_loss_of_rounded_operands(op):
     problem = make(op, 77, d=100)
     rounded = problem.but(**{name: problem.tensors[name].bfloat16().float() for name in OPERANDS[op]})
     loss = problem.loss(ops, backend="cpu", compute_dtype=torch.bfloat16)
-    assert_as_accurate(loss, rounded.loss(reference), rounded.to(torch.float64).loss(reference))
+    exact = rounded.to(torch.float64).loss(reference)
+    assert_as_accurate(loss, rounded.loss(reference), exact, at_least=ulp(1.0, torch.float32))
+
+
+@needs_cpu
+@each_op
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_width_of_one(op, compute_dtype):
+    # judged by itself: eager adds products of this width up by another routine, in another order
+    problem = make(op, 50, d=1)
+    results = problem.results(ops, backend="cpu", compute_dtype=compute_dtype)
+    expected = problem.to(torch.float64).results(reference)
+    for name, result in results.items():
+        torch.testing.assert_close(
+            result.double(), expected[name], rtol=1e-5, atol=1e-5 if compute_dtype is None else 1e-3
+        )
 
 
 @needs_cpu
@@ -191,7 +216,7 @@ def test_bfloat16_loss_is_the_loss_of_rounded_operands(op):
 def test_large_logits_of_unnormalised_features(op):
     problem = make(op, 50, d=64)
     scaled = {name: 5 * problem.tensors[name] for name in OPERANDS[op]}
-    assert_accurate([problem.but(**scaled, logit_scale=torch.tensor(100.0))])
+    check_accuracy([problem.but(**scaled, logit_scale=torch.tensor(100.0))])
 
 
 @needs_cpu
@@ -199,7 +224,7 @@ def test_large_logits_of_unnormalised_features(op):
 def test_zero_features(op):
     problem = make(op, 50, d=16)
     zeros = {name: torch.zeros_like(problem.tensors[name]) for name in OPERANDS[op]}
-    assert_accurate([problem.but(**zeros)])
+    check_accuracy([problem.but(**zeros)])
 
 
 @needs_cpu
@@ -208,18 +233,18 @@ def test_equal_rows_tie(op):
     problem = make(op, 77, d=16)
     first, second = OPERANDS[op]
     repeated = {name: problem.tensors[name][torch.arange(77) // 10] for name in (first, second)}
-    assert_accurate([problem.but(**repeated)])
+    check_accuracy([problem.but(**repeated)])
 
 
 @needs_cpu
 def test_more_dot_products_than_are_saved_for_backward():
     # 4,224 x 4,224 float32 are more than the 64 MiB that a loss may keep: backward forms them again
-    assert_accurate([make("clip_loss", 4224, d=4)], upstream=-2.0)
+    check_accuracy([make("clip_loss", 4224, d=4)], upstream=-2.0)
 
 
 @needs_cpu
 def test_more_logits_than_one_chunk_of_rows():
-    assert_accurate([make("linear_cross_entropy", 1100, 11000, 4)], upstream=-2.0)
+    check_accuracy([make("linear_cross_entropy", 1100, 11000, 4)], upstream=-2.0)
 
 
 # Layouts.
@@ -228,7 +253,9 @@ def test_more_logits_than_one_chunk_of_rows():
 @needs_cpu
 @each_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["transposed", "every other column", "columns of a wider matrix", "rows of a taller one"])
+@pytest.mark.parametrize(
+    "layout", ["transposed", "every other column", "columns of a wider matrix", "rows of a taller one"]
+)
 def test_layout_does_not_change_the_result(op, dtype, layout):
     problem = make(op, 50, d=33)
     operands = {name: problem.tensors[name].to(dtype) for name in OPERANDS[op]}
@@ -251,7 +278,7 @@ def test_layout_does_not_change_the_result(op, dtype, layout):
 @each_op
 def test_expanded_features(op):
     problem = make(op, 50, d=33)
-    first, second = OPERANDS[op]
+    first, _second = OPERANDS[op]
     expanded = problem.but(**{first: problem.tensors[first][:1].expand(50, 33)})
     contiguous = problem.but(**{first: expanded.tensors[first].contiguous()})
     expected = contiguous.results(ops, backend="cpu")
@@ -277,7 +304,9 @@ def test_leading_dimensions_are_the_mean_of_their_problems(op, lead, backend):
     losses = []
     for i in range(count):
         one = {name: x.flatten(0, len(lead) - 1)[i] for name, x in problem.tensors.items() if x.ndim > 0}
-        of_rows = {name: x.flatten(0, len(lead) - 1)[i] for name, x in problem.options.items() if hasattr(x, "ndim")}
+        of_rows = {
+            name: x.flatten(0, len(lead) - 1)[i] for name, x in problem.options.items() if hasattr(x, "ndim")
+        }
         losses.append(problem.but(**one, **of_rows).to(torch.float64).loss(reference))
     expected = torch.stack(losses).mean()
     assert problem.loss(ops, backend=backend).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -287,7 +316,9 @@ def test_leading_dimensions_are_the_mean_of_their_problems(op, lead, backend):
 @each_op
 @pytest.mark.parametrize("lead", [(5,), (2, 3), (1, 1, 40)])
 def test_leading_dimensions_gradients(op, lead):
-    assert_accurate([make(op, 9, None if op in SQUARE else 12, 8, lead=lead, seed=seed) for seed in range(DRAWS)])
+    check_accuracy(
+        [make(op, 9, None if op in SQUARE else 12, 8, lead=lead, seed=seed) for seed in range(DRAWS)]
+    )
 
 
 @needs_cpu
@@ -349,8 +380,10 @@ def test_non_finite_features_spread_as_in_eager(op, value, side):
     problem = problem.but(**{name: features})
     if op == "info_nce":
         problem = problem.but(key_mask=None)
-    expected = problem.results(reference)
-    for name, result in problem.results(ops, backend="cpu").items():
+    expected, results = problem.results(reference), problem.results(ops, backend="cpu")
+    if op == "clip_loss":
+        del results["gradient of logit_bias"]  # zero whatever the features are: the bias cancels
+    for name, result in results.items():
         assert torch.equal(result.isnan(), expected[name].isnan()), name
 
 
@@ -359,14 +392,25 @@ def test_non_finite_features_spread_as_in_eager(op, value, side):
 @pytest.mark.parametrize("argument", ["logit_scale", "logit_bias"])
 def test_nan_scale_or_bias_gives_nan(op, argument):
     results = make(op, 9, d=8).but(**{argument: torch.tensor(math.nan)}).results(ops, backend="cpu")
+    if op == "clip_loss":
+        assert results.pop("gradient of logit_bias") == 0
     assert all(result.isnan().all() for result in results.values())
+
+
+@needs_cpu
+@each_op
+@pytest.mark.parametrize("scale", [0.0, -3.0])
+def test_scale_need_not_be_positive(op, scale):
+    check_accuracy(
+        [make(op, 50, d=17, seed=seed).but(logit_scale=torch.tensor(scale)) for seed in range(DRAWS)]
+    )
 
 
 @needs_cpu
 def test_tiny_values_do_not_vanish():
     problem = make("clip_loss", 16, d=8)
     tiny = {name: problem.tensors[name] * 1e-30 for name in OPERANDS["clip_loss"]}
-    assert_accurate([problem.but(**tiny, logit_scale=torch.tensor(1e30))])
+    check_accuracy([problem.but(**tiny, logit_scale=torch.tensor(1e30))])
 
 
 # Options.
@@ -377,7 +421,9 @@ def test_clip_loss_bias_changes_nothing(backend):
     problem = make("clip_loss", 33, d=8)
     without = problem.but(logit_bias=None).loss(ops, backend=backend)
     assert problem.loss(ops, backend=backend).item() == pytest.approx(without.item(), rel=1e-6)
-    assert problem.results(ops, backend=backend)["gradient of logit_bias"].item() == pytest.approx(0.0, abs=1e-6)
+    assert problem.results(ops, backend=backend)["gradient of logit_bias"].item() == pytest.approx(
+        0.0, abs=1e-6
+    )
 
 
 @each_backend
@@ -386,7 +432,9 @@ def test_scale_may_be_a_number(op, backend):
     problem = make(op, 20, d=8)
     scale = problem.tensors["logit_scale"].item()
     tensor_loss = problem.loss(ops, backend=backend)
-    assert torch.equal(problem.but(logit_scale=None).loss(ops, backend=backend, logit_scale=scale), tensor_loss)
+    assert torch.equal(
+        problem.but(logit_scale=None).loss(ops, backend=backend, logit_scale=scale), tensor_loss
+    )
 
 
 @each_backend
@@ -443,17 +491,18 @@ def test_info_nce_masked_key_may_hold_anything_but_nan(backend):
 
 
 @each_backend
-def test_info_nce_masked_positive_has_infinite_loss(backend):
+@pytest.mark.parametrize("lead", [(), (5,)])
+def test_info_nce_masked_positive_is_refused(lead, backend):
+    problem = make("info_nce", 6, 17, 8, lead=lead).but(key_mask=torch.zeros(*lead, 17, dtype=torch.bool))
+    for positives in (problem.options["positives"], None):
+        with pytest.raises(ValueError, match=r"vk\.info_nce: positives must be usable keys"):
+            problem.but(positives=positives).loss(ops, backend=backend)
+
+
+def test_masked_positive_has_infinite_loss_in_the_definition():
     problem = make("info_nce", 6, 17, 8).but(positives=torch.arange(6), key_mask=torch.arange(17) != 2)
-    losses = problem.loss(ops, backend=backend, reduction="none")
+    losses = problem.loss(reference, reduction="none")
     assert losses.isinf().tolist() == [False, False, True, False, False, False]
-    assert losses[2] > 0
-
-
-@each_backend
-def test_info_nce_without_a_usable_key_is_nan(backend):
-    problem = make("info_nce", 6, 17, 8).but(key_mask=torch.zeros(17, dtype=torch.bool))
-    assert problem.loss(ops, backend=backend).isnan()
 
 
 @each_backend
@@ -463,9 +512,15 @@ def test_reductions_agree(op, lead, backend):
     problem = make(op, 20, 30, 8, lead=lead, seed=1)
     each = problem.loss(ops, backend=backend, reduction="none")
     assert each.shape == (*lead, 20)
-    counted = problem.options["targets"] != -100 if op == "linear_cross_entropy" else torch.ones(*lead, 20, dtype=bool)
+    counted = (
+        problem.options["targets"] != -100
+        if op == "linear_cross_entropy"
+        else torch.ones(*lead, 20, dtype=bool)
+    )
     assert each[~counted].abs().sum() == 0
-    assert problem.loss(ops, backend=backend, reduction="sum").item() == pytest.approx(each.sum().item(), rel=1e-5)
+    assert problem.loss(ops, backend=backend, reduction="sum").item() == pytest.approx(
+        each.sum().item(), rel=1e-5
+    )
     assert problem.loss(ops, backend=backend).item() == pytest.approx(each[counted].mean().item(), rel=1e-5)
 
 
@@ -476,7 +531,7 @@ def test_reductions_agree(op, lead, backend):
 def test_other_reductions_are_as_accurate_as_eager(op, reduction, compute_dtype):
     problems = [make(op, 77, 130, 33, seed=seed).but(reduction=reduction) for seed in range(DRAWS)]
     upstream = row_gradient(problems[0]) if reduction == "none" else 0.37
-    assert_accurate(problems, upstream=upstream, compute_dtype=compute_dtype)
+    check_accuracy(problems, upstream=upstream, compute_dtype=compute_dtype)
 
 
 @each_backend
@@ -506,7 +561,9 @@ def test_all_targets_ignored_give_nan_and_zero_gradients(smoothing, backend):
 def test_one_hidden_vector(backend):
     hidden, weight = (make("info_nce", 1, 5, 8).tensors[name] for name in ("queries", "keys"))
     loss = ops.linear_cross_entropy(hidden[0], weight, torch.tensor(2), backend=backend)
-    assert loss.item() == pytest.approx(F.cross_entropy(hidden @ weight.T, torch.tensor([2])).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        F.cross_entropy(hidden @ weight.T, torch.tensor([2])).item(), rel=1e-5
+    )
 
 
 @each_backend

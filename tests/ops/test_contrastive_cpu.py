@@ -11,16 +11,16 @@ import threading
 
 import pytest
 import torch
-from contrastive_problems import OPERANDS, OPS, SQUARE, make
-from oracle import assert_as_accurate
+from contrastive_problems import OPERANDS, OPS, SQUARE, assert_accurate, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmkernels import _native
 from vlmkernels.ops import _library
 from vlmkernels.ops import contrastive as ops
-from vlmkernels.ops.reference import contrastive as reference
 
-pytestmark = pytest.mark.skipif(_native.cpu_reason is not None, reason=f"vlmkernels._cpu: {_native.cpu_reason}")
+pytestmark = pytest.mark.skipif(
+    _native.cpu_reason is not None, reason=f"vlmkernels._cpu: {_native.cpu_reason}"
+)
 each_op = pytest.mark.parametrize("op", OPS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -72,11 +72,9 @@ def test_same_threads_give_the_same_bits(op, dtype, threads, set_threads):
 def test_any_number_of_threads_is_as_accurate_as_eager(op, dtype, threads, set_threads):
     set_threads(threads)
     problem = medium(op)
-    ours = problem.results(ops, backend="cpu", compute_dtype=dtype)
-    eager = problem.results(reference, compute_dtype=dtype)
-    exact = problem.to(torch.float64).results(reference)
-    for name, result in ours.items():
-        assert_as_accurate(result, eager[name], exact[name], name)
+    assert_accurate(
+        [problem], [problem.results(ops, backend="cpu", compute_dtype=dtype)], compute_dtype=dtype
+    )
 
 
 @each_op
@@ -338,11 +336,7 @@ def test_every_instruction_set_is_as_accurate_as_eager(isa, tmp_path):
     assert len(saved["results"]) == len(OPS) * 4 * 2
     for (op, n, d, dtype), draws in saved["results"].items():
         problems = [make(op, n, d=d, seed=seed) for seed in range(3)]
-        eager = [problem.results(reference, compute_dtype=dtype) for problem in problems]
-        exact = [problem.to(torch.float64).results(reference) for problem in problems]
-        for name in exact[0]:
-            what = f"{op} {n} x {d} {dtype} {name}"
-            assert_as_accurate([r[name] for r in draws], [r[name] for r in eager], [r[name] for r in exact], what)
+        assert_accurate(problems, draws, compute_dtype=dtype)
 
 
 @each_op

@@ -14,7 +14,7 @@ SHAPES = ("circle", "square", "bar")
 
 TINY_MODEL = {
     "embed_dim": 32,
-    "vision": {"image_size": 16, "layers": 1, "width": 32, "patch_size": 8, "heads": 2},
+    "vision": {"image_size": 16, "width": 32, "patch_size": 8, "heads": 2, "stem": "patch", "pool": "class"},
     "text": {"layers": 1, "width": 32, "heads": 2, "context_length": 16},
 }
 

@@ -49,7 +49,10 @@ def test_continuing_gives_the_same_bits(tmp_path: Path, optimizer_class: type) -
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected_draws  # noqa: NPY002 (as above)
     torch.manual_seed(99)
     _one_step(other, other_optimizer, other_average)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    )
     assert all(torch.equal(average.state[k], other_average.state[k]) for k in average.state)
     assert average.steps == other_average.steps
 
@@ -58,7 +61,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     model, optimizer, _ = _trained(Lion)
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, average=None, progress={"step": 1})
     with pytest.raises(TypeError):
-        save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, average=None, progress={"step": object()})
+        save_checkpoint(
+            tmp_path / "c", model=model, optimizer=optimizer, average=None, progress={"step": object()}
+        )
     assert read_progress(tmp_path / "c") == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 

@@ -23,9 +23,7 @@ def test_recall_counts_matches_among_the_first_k() -> None:
     result = retrieval(queries, database, query_labels, database_labels)
     order = (queries.double() @ database.double().T).argsort(1, descending=True)
     for k in (1, 5, 10):
-        hits = [
-            bool((database_labels[order[n, :k]] == query_labels[n]).any()) for n in range(len(queries))
-        ]
+        hits = [bool((database_labels[order[n, :k]] == query_labels[n]).any()) for n in range(len(queries))]
         assert result.recall[k] == pytest.approx(sum(hits) / 40)
     assert torch.equal(result.indices, order[:, :10])
 

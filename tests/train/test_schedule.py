@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -15,7 +16,7 @@ def test_rises_in_a_straight_line_then_falls_to_the_floor() -> None:
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10] == pytest.approx(1.0)
     assert factors[99] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a > b for a, b in pairwise(factors[10:]))
     assert warmup_cosine(500, steps=100, warmup=10, floor=0.1) == pytest.approx(0.1)
 
 

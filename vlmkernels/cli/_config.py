@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -50,9 +51,7 @@ def _parse(file: Path) -> dict[str, Any]:
         elif file.suffix == ".toml":
             if sys.version_info < (3, 11):
                 raise ValueError("TOML needs Python 3.11; write the options as JSON")
-            import tomllib
-
-            content = tomllib.loads(text)
+            content = importlib.import_module("tomllib").loads(text)
         else:
             raise ValueError("expected a .json or .toml file")
     except ValueError as error:

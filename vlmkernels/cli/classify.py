@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     with torch.no_grad():
         scale = float(encoder.model.logit_scale.exp())
     probabilities, indices, _ = zero_shot(features, classes, scale, k=min(args.top, len(labels)))
-    results = [
+    results: list[dict[str, Any]] = [
         {
             "picture": str(file),
             "labels": [

@@ -13,7 +13,7 @@ import torch
 from vlmkernels.cli._models import QUANTIZATION, add_model_argument, load_encoder, print_json
 from vlmkernels.data import emoji
 from vlmkernels.models import save_pretrained
-from vlmkernels.nn.quantize import quantize_
+from vlmkernels.nn.quantize import QuantizationReport, quantize_
 from vlmkernels.train.checkpoint import write_text_atomically
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     before = _features(encoder)
     float_bytes = _bytes(encoder.model)
     quantize_(encoder.model, args.scheme, group_size=args.group_size)
-    report = encoder.model.quantization_report
+    report: QuantizationReport = encoder.model.quantization_report  # type: ignore[assignment]
     if not report.converted:
         raise ValueError(f"quantize: no layer of {args.model} can be stored as {args.scheme}: {report}")
     agreement = [(a * b).sum(1) for a, b in zip(before, _features(encoder), strict=True)]

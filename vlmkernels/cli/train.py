@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import types
 import typing
@@ -138,10 +139,13 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
     asked: list[int] = []
 
     def note(number: int, _: Any) -> None:
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
         asked.append(number)
         print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in no other
+        yield lambda: False
+        return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for number in previous:

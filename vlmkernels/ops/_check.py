@@ -240,7 +240,7 @@ def quantized_weight(
             raise ValueError(f"vk.{op}: {scheme!r} takes {'a' if needed else 'no'} {name}, got {describe(x)}")
     if scale is not None and scale.dtype != torch.float32:
         raise TypeError(f"vk.{op}: scale must be float32, got {scale.dtype}")
-    if scheme == "w4a16":
+    if scheme == "w4a16" and scale is not None and zero_point is not None:
         ndim(op, "scale", scale, 2, "[N, K / G]")
         groups = scale.shape[1]
         if scale.shape[0] != outputs or all(groups * g != inputs for g in GROUP_SIZES):

@@ -2,8 +2,8 @@
 """The registered ops of the contrastive family, and how their arguments reach the kernels.
 
 `softmax_contrastive` keeps log-sum-exps and forms the logits again in backward (8 N M D operations for CLIP; 6 where
-the dot products are kept). `one_pass_contrastive` takes the gradients in forward, for an upstream gradient of 1, because a
-logit's gradient is known as soon as the logit (sigmoid) or its row (rows-only softmax) is: 6 N M D.
+the dot products are kept). `one_pass_contrastive` takes the gradients in forward, for an upstream gradient of 1,
+because a logit's gradient is known as soon as the logit (sigmoid) or its row (rows-only softmax) is: 6 N M D.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class _Launch:
         self.arguments[name] = tensor.data_ptr()
 
     def gradient(self, name: str, like: Tensor, wanted: bool) -> Tensor:
-        """Room for the gradient of a feature matrix: float32 sums, and their rounded copy where the features are bf16."""
+        """Room for the gradient of a feature matrix: float32 sums, and a rounded copy where the features are bf16."""
         if not wanted:
             return like.new_empty(0)
         sums = torch.empty(like.shape, dtype=torch.float32)
@@ -264,9 +264,9 @@ def _one_pass_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[
 
 
 def _may_hand_over(grad_loss: Tensor) -> bool:
-    """Whether the kept gradients are themselves the answer: `loss.backward()` brings a 1, and then no pass over them and
-    no copy is needed. Not while tracing, not where a graph of the gradients is asked for, and not where the graph is
-    retained: what is handed out may be written to, and the next backward needs the original."""
+    """Whether the kept gradients are themselves the answer: `loss.backward()` brings a 1, and then no pass over them
+    and no copy is needed. Not while tracing, not where a graph of the gradients is asked for, and not where the graph
+    is retained: what is handed out may be written to, and the next backward needs the original."""
     return (
         type(grad_loss) is Tensor
         and not torch.is_grad_enabled()

@@ -287,7 +287,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`CE(logit_scale * hidden @ weight.T + bias, targets)`, logits never written.
 
-    For captioning heads and 100,000-class classifiers. With "mean" or "sum", gradients are taken in forward, chunk of rows by chunk: 6 N K D operations in all.
+    For captioning heads and 100,000-class classifiers. With "mean" or "sum", gradients are taken in forward, chunk of
+    rows by chunk: 6 N K D operations in all.
 
     Args:
         hidden: [..., D], floating.
@@ -321,6 +322,8 @@ def linear_cross_entropy(
             f"{_check.shapes(hidden=hidden, weight=weight)}"
         )
     _check_index(op, "targets", targets, hidden)
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"vk.{op}: ignore_index must be an int, got {ignore_index!r}")
     if bias is not None:
         _check.floating(op, "bias", bias)
         _check.shape(op, "bias", bias, (weight.shape[0],), "[K]")

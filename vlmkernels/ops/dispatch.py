@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 #: it, nobody can ask for it.
 PUBLIC_BACKENDS = ("reference", "cpu", "cuda", "triton")
 
+#: A product of this size is worth a warning where the reference writes it: below, it costs less than the warning.
+COSTLY_BYTES = 2**20
+
 
 @dataclass
 class Call:
@@ -160,7 +163,7 @@ _inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _log_fallback(op: str, call: Call, refused: list[tuple[str, list[str]]]) -> None:
-    costly = call.product_bytes > 0 and op not in _warned
+    costly = call.product_bytes >= COSTLY_BYTES and op not in _warned
     if not costly and not logger.isEnabledFor(logging.DEBUG):
         return
     why = (

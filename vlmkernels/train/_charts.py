@@ -31,7 +31,7 @@ def number(value: float) -> str:
     if size >= 10_000:
         return f"{value / 1000:g}k"
     if size < 0.001:
-        return f"{value:.0e}".replace("e-0", "e-")
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
     return f"{value:.4g}"
 
 
@@ -114,8 +114,10 @@ def heat_map(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
                 parts.append(f'<text class="count{strong}" {place}>{count}</text>')
             parts.append("</g>")
     for j, name in enumerate(names):
-        x, y = left + j * size + size / 2 + 4, top - 10
-        parts.append(f'<text x="{x}" y="{y}" transform="rotate(-40 {x} {y})">{escape(name)}</text>')
+        column, above = left + j * size + size / 2 + 4, top - 10
+        parts.append(
+            f'<text x="{column}" y="{above}" transform="rotate(-40 {column} {above})">{escape(name)}</text>'
+        )
     width, height = left + extent + 70, top + extent + 8
     head = f'<svg class="confusion" viewBox="0 0 {width} {height}" role="img" aria-label="Confusion matrix">'
     return head + "".join(parts) + "</svg>"

@@ -44,7 +44,7 @@ class TrainConfig:
     val_share: float = _option(0.1, "share of your own pairs that is kept for the evaluation")
     output: str | None = _option(None, "folder of the run (default: runs/<date-time>)")
     resume: bool = _option(False, "continue the run in --output from its last checkpoint")
-    epochs: float = _option(60.0, "passes over the data; for emoji, a pass shows every concept once")
+    epochs: float = _option(120.0, "passes over the data; for emoji, a pass shows every concept once")
     batch_size: int = _option(256, "captions per step and process")
     styles: str = _option(
         "noto,openmoji", "emoji: drawing styles to train on; retrieval is tested on the first one left out"
@@ -68,6 +68,7 @@ class TrainConfig:
     augment: float = _option(1.0, "strength of the augmentation; 0: none")
     blend: float = _option(0.3, "share of emoji that are a mix of both styles")
     tones: float = _option(0.25, "share of people and hands shown with a skin tone")
+    topics: float = _option(0.1, "share of emoji captions that say only what group they belong to")
     vocab_size: int = _option(4096, "size of the vocabulary that is learned from the captions")
     seed: int = _option(0, "seed of everything random")
     device: str = _option("cpu", "cpu or cuda")
@@ -96,7 +97,7 @@ class TrainConfig:
         for name in ("weight_decay", "grad_clip", "augment"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"train: {name} must not be negative, got {getattr(self, name)}")
-        for name in ("warmup", "blend", "tones"):
+        for name in ("warmup", "blend", "tones", "topics"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train: {name} must lie between 0 and 1, got {getattr(self, name)}")
         for name in ("average", "label_smoothing", "val_share"):

@@ -94,6 +94,8 @@ class EmojiCorpus:
         augment: strength of the augmentation; 0: none.
         blend: share of pictures that mix both styles.
         tones: share of the concepts with skin tones that are shown with one.
+        topics: share of the captions that name only the group or subgroup, without which such prompts would mean
+            nothing to the model.
         styles: drawing styles to train on.
         rank: of this process.
         world_size: number of processes.
@@ -111,6 +113,7 @@ class EmojiCorpus:
         augment: float = 1.0,
         blend: float = 0.3,
         tones: float = 0.25,
+        topics: float = 0.1,
         styles: tuple[str, ...] = emoji.TRAIN_STYLES,
         rank: int = 0,
         world_size: int = 1,
@@ -118,6 +121,7 @@ class EmojiCorpus:
         self.data = emoji.load(styles)
         self.one_to_one = views == 1
         self.views, self.seed, self.blend, self.tones, self.rank = views, seed, blend, tones, rank
+        self.topics = topics
         # Not by split="train": a style that the split holds out may be asked for here, for cross-validation.
         drawn = [e for e in self.data.emojis if not e.held_out and e.styles]
         self.concepts = [e.index for e in drawn if e.base == e.index]
@@ -169,8 +173,25 @@ class EmojiCorpus:
         images = self._augment(
             torch.cat(views), generator, may_flip=self._may_flip[labels].repeat(self.views)
         )
-        texts = [emoji.random_caption(self.data.emojis[i], generator) for i in indices]
+        texts = self._texts(indices, generator)
         return Batch(images, texts, labels.repeat(self.views), labels)
+
+    def _texts(self, indices: list[int], generator: torch.Generator) -> list[str]:
+        texts, used = [], set()
+        topical = torch.rand(len(indices), generator=generator) < self.topics
+        for i, by_topic in zip(indices, topical.tolist(), strict=True):
+            e = self.data.emojis[i]
+            topic, template = torch.randint(12, (2,), generator=generator).tolist()
+            name = emoji.spoken_group(
+                e.group if topic < 3 else e.subgroup
+            )  # there are ten subgroups to a group
+            # Once per step: a second picture of the topic would count as a mismatch of its own caption.
+            if by_topic and name not in used:
+                used.add(name)
+                texts.append(emoji.GROUP_TEMPLATES[template % len(emoji.GROUP_TEMPLATES)].format(name))
+            else:
+                texts.append(emoji.random_caption(e, generator))
+        return texts
 
     def _other_style(self, index: int, row: int) -> int:
         rows = self._rows[index]

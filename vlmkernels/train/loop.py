@@ -18,14 +18,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vlmkernels import _version
 from vlmkernels.data.tokenizer import Tokenizer
 from vlmkernels.data.transforms import transform_for
-from vlmkernels.models import create, save_pretrained
+from vlmkernels.models import CLIP, create, save_pretrained
 from vlmkernels.ops.contrastive import clip_loss, multi_positive_loss, siglip_loss
 from vlmkernels.train import distributed
 from vlmkernels.train.checkpoint import load_checkpoint, save_checkpoint, write_text_atomically
@@ -35,9 +35,6 @@ from vlmkernels.train.evaluation import EmojiEvaluation, Encoder, PairsEvaluatio
 from vlmkernels.train.optim import WeightAverage, create_optimizer
 from vlmkernels.train.run_folder import RunFolder, has_checkpoint, open_run
 from vlmkernels.train.schedule import warmup_cosine
-
-if TYPE_CHECKING:
-    from vlmkernels.models.clip import CLIP
 
 logger = logging.getLogger(__name__)
 
@@ -166,13 +163,13 @@ class _Run:
         config = self.config
         torch.manual_seed(config.seed)
         options = _model_options(config)
-        size = create(config.model, **options).config.vision.image_size
+        size = _new_model(config.model, options).config.vision.image_size
         self.corpus = self._open_corpus(size, stack)
         self.observer.message(self.corpus.describe())
         self.tokenizer = Tokenizer.train(self.corpus.captions(), config.vocab_size)
         text = options.get("text", {}) | {"vocab_size": self.tokenizer.vocab_size}
         torch.manual_seed(config.seed)
-        self.model: CLIP = create(config.model, **options | {"text": text}).to(self.processes.device)  # type: ignore[assignment]
+        self.model = _new_model(config.model, options | {"text": text}).to(self.processes.device)
         self.tokenizer.context_length = self.model.config.text.context_length
         self.transform = transform_for(self.model)
         self.optimizer = create_optimizer(
@@ -206,6 +203,7 @@ class _Run:
                 views=config.views,
                 blend=config.blend,
                 tones=config.tones,
+                topics=config.topics,
                 **shared,
             )
         from vlmkernels.data.sources import PictureStore, open_source
@@ -379,6 +377,15 @@ class _Run:
             began = time.perf_counter()
             write_report(self.folder, self.evaluation, self.seconds)
             self.clock("report", began)
+
+
+def _new_model(name: str, options: dict[str, Any]) -> CLIP:
+    model = create(name, **options)
+    if not isinstance(model, CLIP):
+        raise ValueError(
+            f"train: {name} is no CLIP (an image and a text tower); it cannot be trained on pairs"
+        )
+    return model
 
 
 def _model_options(config: TrainConfig) -> dict[str, Any]:

@@ -232,8 +232,8 @@ def _confusion(groups: Classification) -> str:
     drawing = heat_map(groups.confusion.tolist(), groups.classes)
     note = (
         f"Unseen concepts, sorted into {len(groups.classes)} groups by their names alone: "
-        f"{_percent(groups.accuracy)} right, chance {_chance(groups.chance)}. Rows are the true groups (with the number "
-        "of pictures), columns what the model says."
+        f"{_percent(groups.accuracy)} right, chance {_chance(groups.chance)}. Rows are the true groups (with the "
+        "number of pictures), columns what the model says."
     )
     return _section("Confusion by group", f'<div class="scroll">{drawing}</div>', note)
 

@@ -26,7 +26,7 @@ def clip_loss(
     label_smoothing: float = 0.0,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`(CE(Z, arange) + CE(Z.T, arange)) / 2` with `Z = logit_scale * U @ V.T + logit_bias` (Radford et al. 2021, figure 3).
+    """`(CE(Z, arange) + CE(Z.T, arange)) / 2` with `Z = logit_scale * U @ V.T + logit_bias` (Radford 2021, figure 3).
 
     Args:
         image_features: U, [..., N, D], floating, normalised by the caller.
@@ -55,7 +55,7 @@ def siglip_loss(
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`-(1 / N) sum_ij log sigmoid(y_ij * z_ij)`, y = 1 on the diagonal and -1 elsewhere (Zhai et al. 2023, equation 2).
+    """`-(1 / N) sum_ij log sigmoid(y_ij * z_ij)`, y = 1 on the diagonal, else -1 (Zhai et al. 2023, equation 2).
 
     Args:
         image_features: [..., N, D], floating, normalised by the caller.
@@ -84,7 +84,9 @@ def multi_positive_loss(
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Mean of the two directions' cross-entropies with targets `Y / Y.sum(-1)`, `Y_ij = [label_i == label_j]` (Yang et al. 2022, equations 2 to 4).
+    """Mean of the two directions' cross-entropies with targets `Y / Y.sum(-1)`, `Y_ij = [label_i == label_j]`.
+
+    The objective of UniCL (Yang et al. 2022, equations 2 to 4).
 
     Args:
         image_features: [..., N, D], floating, normalised by the caller.
@@ -116,7 +118,7 @@ def info_nce(
     reduction: str = "mean",
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`-log softmax(logit_scale * q_i @ keys.T)[positives_i]` over the usable keys (van den Oord et al. 2018, equation 4).
+    """`-log softmax(logit_scale * q_i @ keys.T)[positives_i]` over the usable keys (van den Oord 2018, equation 4).
 
     Args:
         queries: [..., N, D], floating, normalised by the caller.
@@ -182,7 +184,7 @@ def scaled_logits(
     bias: Tensor | float | None,
     compute_dtype: torch.dtype | None,
 ) -> Tensor:
-    """`logit_scale * left @ right.T + bias` of operands rounded to `compute_dtype`, in float32 or float64: [..., N, M]."""
+    """`logit_scale * left @ right.T + bias` of operands rounded to `compute_dtype`: [..., N, M] in float32 or 64."""
     accumulate = torch.float64 if left.dtype == torch.float64 else torch.float32
     multiply = compute_dtype or left.dtype
     product = torch.matmul(left.to(multiply).to(accumulate), right.to(multiply).to(accumulate).mT)
@@ -191,7 +193,7 @@ def scaled_logits(
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """`-sum_j target_ij log softmax(logits)_ij` for every row: logits [..., N, M], targets [..., N] indices -> [..., N]."""
+    """`-sum_j target_ij log softmax(logits)_ij` per row: logits [..., N, M], targets [..., N] indices -> [..., N]."""
     log_probabilities = F.log_softmax(logits, dim=-1)
     index = targets.to(torch.int64).expand(logits.shape[:-1]).unsqueeze(-1)
     losses = -log_probabilities.gather(-1, index).squeeze(-1)
@@ -201,7 +203,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0)
 
 
 def mean_over_rows_with_positives(logits: Tensor, positive: Tensor) -> Tensor:
-    """Cross-entropy with the positives of each row as equal targets, averaged over the rows that have any: [..., N, M] -> [...]."""
+    """Cross-entropy with each row's positives as equal targets, mean of the rows with any: [..., N, M] -> [...]."""
     log_probabilities = F.log_softmax(logits, dim=-1)
     count = positive.sum(-1)
     losses = -torch.where(positive, log_probabilities, 0).sum(-1) / count.clamp(min=1)

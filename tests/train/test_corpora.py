@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches: distinct concepts, every caption once per epoch, nothing held out, the same for the same step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmkernels.data import emoji
+from vlmkernels.data.sources import PictureStore, open_source
+from vlmkernels.train.corpora import EmojiCorpus, PairCorpus, over_white
+
+
+@pytest.fixture(scope="module")
+def corpus() -> EmojiCorpus:
+    return EmojiCorpus(16, batch_size=64)
+
+
+def test_a_step_has_distinct_concepts(corpus: EmojiCorpus) -> None:
+    batch = corpus.batch(3)
+    assert batch.images.shape == (64, 3, 16, 16)
+    assert len(batch.texts) == 64
+    bases = {emoji.load().emojis[i].base for i in batch.text_labels.tolist()}
+    assert len(bases) == 64
+    assert torch.equal(batch.image_labels, batch.text_labels)
+
+
+def test_an_epoch_shows_every_concept_once(corpus: EmojiCorpus) -> None:
+    first, second = (
+        [
+            row
+            for step in range(corpus.steps_per_epoch)
+            for row in corpus._epochs.rows(epoch * corpus.steps_per_epoch + step)
+        ]
+        for epoch in range(2)
+    )
+    assert len(set(first)) == len(first) > len(corpus.concepts) - 64
+    assert first != second
+
+
+def test_held_out_concepts_and_styles_are_not_shown(corpus: EmojiCorpus) -> None:
+    data = emoji.load()
+    assert corpus.data.styles == emoji.TRAIN_STYLES
+    held = {e.index for e in data.emojis if e.held_out}
+    shown = {*corpus.concepts, *(i for toned in corpus._toned.values() for i in toned)}
+    assert held
+    assert not held & shown
+    assert corpus.test_style == emoji.HELD_OUT_STYLE
+
+
+def test_steps_repeat_and_processes_split_the_epoch(corpus: EmojiCorpus) -> None:
+    again = EmojiCorpus(16, batch_size=64)
+    for step in (0, 5):
+        one, two = corpus.batch(step), again.batch(step)
+        assert torch.equal(one.images, two.images)
+        assert one.texts == two.texts
+    ranks = [EmojiCorpus(16, batch_size=32, rank=rank, world_size=2) for rank in range(2)]
+    together = [row for rank in ranks for row in rank._epochs.rows(1)]
+    assert sorted(together) == sorted(corpus._epochs.rows(1))
+
+
+def test_two_views_share_their_captions() -> None:
+    batch = EmojiCorpus(16, batch_size=32, views=2).batch(0)
+    assert batch.images.shape == (64, 3, 16, 16)
+    assert len(batch.texts) == 32
+    assert torch.equal(batch.image_labels, batch.text_labels.repeat(2))
+
+
+def test_directions_and_letters_are_not_mirrored(corpus: EmojiCorpus) -> None:
+    may = {e.name: bool(corpus._may_flip[e.index]) for e in corpus.data.emojis}
+    for name in (
+        "right arrow",
+        "left-facing fist",
+        "flag: Japan",
+        "keycap: 3",
+        "A button (blood type)",
+    ):
+        assert not may[name]
+    for name in ("dog face", "pizza", "bicycle"):
+        assert may[name]
+
+
+def test_pairs_keep_a_share_from_training(shapes_folder: Path) -> None:
+    with PictureStore(open_source(shapes_folder), 20) as store:
+        corpus = PairCorpus(store, 16, batch_size=8, val_share=0.25)
+        assert len(corpus._held) == 18
+        assert not set(corpus._held) & set(corpus._trained)
+        assert corpus.batch(0).images.shape == (8, 3, 16, 16)
+        everything = PairCorpus(store, 16, batch_size=1000, val_share=0.0)
+        assert len(everything.batch(0).texts) == 72
+        labels, texts = everything.batch(0).text_labels.tolist(), everything.batch(0).texts
+        assert len(set(zip(labels, texts, strict=True))) == len(set(labels)) == len(set(texts))
+
+
+def test_too_few_pairs_are_refused(shapes_folder: Path) -> None:
+    source = open_source(shapes_folder)
+    source.pairs = source.pairs[:1]
+    with PictureStore(source, 20) as store, pytest.raises(ValueError, match="1 usable pairs are too few"):
+        PairCorpus(store, 16, batch_size=8)
+
+
+def test_transparent_pictures_lie_on_white() -> None:
+    rgba = torch.tensor([0, 100, 200, 128], dtype=torch.uint8).view(1, 4, 1, 1)
+    assert over_white(rgba).flatten().tolist() == [127, 177, 227]
