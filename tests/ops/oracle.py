@@ -69,11 +69,12 @@ def assert_typically_as_accurate(
     *,
     at_least: float = 0.0,
 ) -> None:
-    """Fail unless `ours` obeys the rule in the mean, and its worst element is within twice eager's worst.
+    """Fail unless `ours` obeys the rule in the mean, and its worst element is within four times eager's worst.
 
     For gradients of large products, where both errors are sums of many roundings: the mean over all elements compares
-    the two programs, while the ratio of the two worst of some hundred independent roundings is mostly chance. Where
-    eager is nearly exact, a mean error of 1 ulp (`at_least`, if that is more) and a worst one of 4 are allowed.
+    the two programs, while the ratio of the two worst of some hundred independent roundings is mostly chance (a wrong
+    element is wrong by orders of magnitude). Where eager is nearly exact, a mean error of 1 ulp (`at_least`, if that
+    is more) and a worst one of 4 are allowed.
     """
     dtype = _as_list(ours)[0].dtype
     largest = max((e.abs().max().item() for e in _as_list(exact) if e.numel()), default=0.0)
@@ -81,7 +82,7 @@ def assert_typically_as_accurate(
     mean, eager_mean = rms_error(ours, exact), rms_error(eager, exact)
     worst, eager_worst = worst_error(ours, exact), worst_error(eager, exact)
     assert mean <= max(FACTOR * eager_mean, floor), f"{what}: mean error {mean:.3e}, eager's {eager_mean:.3e}"
-    assert worst <= max(2 * eager_worst, ULPS * floor), (
+    assert worst <= max(4 * eager_worst, ULPS * floor), (
         f"{what}: worst error {worst:.3e}, eager's {eager_worst:.3e}"
     )
 

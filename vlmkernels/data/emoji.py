@@ -240,7 +240,7 @@ class EmojiSet:
         chosen = self._split_styles(split, self.styles if styles is None else _as_tuple(styles))
         admitted = self._split_filter(split)
 
-        pairs = []
+        pairs: list[tuple[int, str]] = []
         for e in self.emojis:
             if group not in (None, e.group) or subgroup not in (None, e.subgroup):
                 continue

@@ -208,7 +208,8 @@ class Snapshot:
                 segments.append(remaining)
         runs = None
         if self.runs is not None:
-            runs = (tuple(torch.cat([positions.new_empty(0), *(s.ids() for s in segments)]).sort()),)
+            ordered = torch.cat([positions.new_empty(0), *(s.ids() for s in segments)]).sort()
+            runs = ((ordered.values, ordered.indices),)
         return Snapshot(self.layout, self.device, tuple(segments), self.last_id, runs)
 
     def to(self, device: torch.device) -> Snapshot:
@@ -344,7 +345,7 @@ def _blocks(snapshot: Snapshot, name: str) -> Iterator[memoryview]:
     for segment in snapshot.segments:
         for start in range(0, segment.count, step):
             block = segment.slice(start, min(start + step, segment.count), (name,))[name]
-            yield memoryview(block.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            yield block.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def read_file(path: Path, mmap: bool) -> tuple[Snapshot, dict[str, str]]:
@@ -386,7 +387,8 @@ def read_file(path: Path, mmap: bool) -> tuple[Snapshot, dict[str, str]]:
     segments = (Segment(columns, count, mapped=mmap),) if count else ()
     runs = None
     if metadata["ids_ascend"] != "true" and count:
-        runs = (tuple(columns["ids"].sort()),)
+        ordered = columns["ids"].sort()
+        runs = ((ordered.values, ordered.indices),)
     return Snapshot(layout, torch.device("cpu"), segments, int(metadata["last_id"]), runs), metadata
 
 

@@ -83,7 +83,7 @@ def clip_loss(
         text_features,
         logit_scale,
         compute,
-        bias=_as_scalar(logit_bias),
+        bias=None if logit_bias is None else _as_scalar(logit_bias),
         columns=True,
         smoothing=label_smoothing,
     )
@@ -345,7 +345,7 @@ def linear_cross_entropy(
             compute_dtype=compute,
         )
     rows = hidden.reshape(targets.numel(), hidden.shape[-1])
-    options = {
+    options: dict[str, Any] = {
         "key_bias": None if bias is None else bias.to(torch.float32),
         "positives": targets.reshape(-1),
         "ignore_index": ignore_index,
@@ -473,10 +473,10 @@ for _op in ("clip_loss", "siglip_loss", "multi_positive_loss", "info_nce", "line
     dispatch.register_backend(_op, "cpu", _cpu_reasons, priority=10)
 
 
-def _as_scalar(x: Tensor | float | None) -> Tensor | None:
+def _as_scalar(x: Tensor | float) -> Tensor:
     # float32 whatever it was: a learned scale is a float32 parameter, and a number has no gradient to lose.
-    if x is None or isinstance(x, Tensor):
-        return x if x is None else x.reshape(()).to(torch.float32)
+    if isinstance(x, Tensor):
+        return x.reshape(()).to(torch.float32)
     return torch.tensor(float(x), dtype=torch.float32)
 
 

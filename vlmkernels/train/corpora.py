@@ -153,8 +153,12 @@ class EmojiCorpus:
 
     def captions(self) -> list[str]:
         """All captions in all templates, for learning a vocabulary."""
-        return [caption for i in self.concepts for caption in emoji.captions(self.data.emojis[i])] + [
-            emoji.spoken_name(self.data.emojis[i]) for toned in self._toned.values() for i in toned
+        entries = self.data.emojis
+        texts = [caption for i in self.concepts for caption in emoji.captions(entries[i])]
+        texts += [emoji.spoken_name(entries[i]) for toned in self._toned.values() for i in toned]
+        topics = (*self.data.groups, *self.data.subgroups)
+        return texts + [
+            template.format(emoji.spoken_group(t)) for t in topics for template in emoji.GROUP_TEMPLATES
         ]
 
     def batch(self, step: int) -> Batch:

@@ -25,8 +25,13 @@ import json
 import subprocess
 import tarfile
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 CELL = 64
 MAX_SIDE = 60
@@ -147,7 +152,7 @@ class Entry:
         return code_key(ord(c) for c in self.char)
 
 
-def code_key(codes) -> str:
+def code_key(codes: Iterable[int]) -> str:
     """Joins code points as upper-case hex, dropping U+FE0F."""
     return "-".join(f"{c:X}" for c in codes if c != VS16)
 
@@ -173,8 +178,9 @@ def read_tar(path: Path, prefix: str) -> dict[str, bytes]:
     with tarfile.open(path) as archive:
         for member in archive:
             name = member.name.partition("/")[2]
-            if member.isfile() and name.startswith(prefix):
-                files[name] = archive.extractfile(member).read()
+            content = archive.extractfile(member)  # None for what is no file
+            if content is not None and name.startswith(prefix):
+                files[name] = content.read()
     return files
 
 
@@ -300,7 +306,7 @@ class SvgStyle:
                     self.files[code_key(int(c, 16) for c in codes)] = files[name].decode()
         self.scale = FACE_WIDTH / (face_units * RENDER / canvas_units)
 
-    def draw(self, entry: Entry):
+    def draw(self, entry: Entry) -> Picture | None:
         """Returns the emoji as a large RGBA picture, or None where the style lacks it."""
         import resvg_py
         from PIL import Image
@@ -325,7 +331,7 @@ class BitmapFontStyle:
         self.shaper = uharfbuzz.Font(uharfbuzz.Face(font))
         self.scale = FACE_WIDTH / face_pixels
 
-    def draw(self, entry: Entry):
+    def draw(self, entry: Entry) -> Picture | None:
         """Returns the emoji's bitmap as RGBA, or None where the font has no single glyph for the sequence."""
         import uharfbuzz
         from PIL import Image
@@ -341,7 +347,7 @@ class BitmapFontStyle:
         return Image.open(io.BytesIO(self.bitmaps[shown[0]].imageData)).convert("RGBA")
 
 
-def fit(picture, scale: float):
+def fit(picture: Picture, scale: float) -> Picture | None:
     """Cuts a picture to its visible box, scales it and centres it in a cell; None if nothing is visible."""
     from PIL import Image
 
@@ -359,7 +365,7 @@ def fit(picture, scale: float):
     return cell
 
 
-def bleed(cell):
+def bleed(cell: Picture) -> Picture:
     """Continues the picture's colours under its transparent pixels: each takes the mean of the nearest block.
 
     WebP stores colour at half resolution: otherwise what lies under the transparent pixels tints the edge.
@@ -369,7 +375,7 @@ def bleed(cell):
 
     rgba = np.asarray(cell, dtype=np.float32)
     weight = rgba[..., 3:] / 255
-    levels = [(rgba[..., :3] * weight, weight)]
+    levels: list[Any] = [(rgba[..., :3] * weight, weight)]
     while len(levels[-1][1]) > 1:
         levels.append(tuple(x.reshape(len(x) // 2, 2, len(x) // 2, 2, -1).sum((1, 3)) for x in levels[-1]))
     colour = levels[-1][0] / levels[-1][1]
@@ -380,11 +386,11 @@ def bleed(cell):
     return Image.fromarray(rgba.astype(np.uint8), "RGBA")
 
 
-def build_atlas(style: str, source, entries: list[Entry], out: Path) -> None:
+def build_atlas(style: str, source: SvgStyle | BitmapFontStyle, entries: list[Entry], out: Path) -> None:
     """Draws every emoji that the style has, gives each a cell, and writes the atlas."""
     from PIL import Image
 
-    cells = []
+    cells: list[Picture] = []
     for entry in entries:
         picture = source.draw(entry)
         cell = fit(picture, source.scale) if picture is not None else None
@@ -417,7 +423,17 @@ def write_metadata(entries: list[Entry], out: Path) -> None:
     lines = []
     for index, e in enumerate(entries):
         keywords = e.keywords if e.base == index else None  # a tone has its base's keywords
-        row = [e.char, e.name, keywords, e.group, e.subgroup, e.skin_tone, e.gender, e.base, e.family]
+        row: list[Any] = [
+            e.char,
+            e.name,
+            keywords,
+            e.group,
+            e.subgroup,
+            e.skin_tone,
+            e.gender,
+            e.base,
+            e.family,
+        ]
         row += [int(e.held_out), e.version, [e.cells[s] for s in STYLES]]
         lines.append(json.dumps(row, ensure_ascii=True, separators=(",", ":")))
     text = json.dumps(header, indent=1)[:-2] + ',\n "emojis": [\n' + ",\n".join(lines) + "\n]}\n"

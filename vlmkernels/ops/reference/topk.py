@@ -16,6 +16,8 @@ functions. The search itself, which finds the best rows without scoring every pa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -174,7 +176,15 @@ def _scan_fake(
     return queries.new_empty(shape, dtype=score_dtype(queries)), queries.new_empty(shape, dtype=torch.int64)
 
 
-def _scan_vmap(info, in_dims, queries, database, k, metric, mask):
+def _scan_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    queries: Tensor,
+    database: Tensor,
+    k: int,
+    metric: str,
+    mask: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     def slice_of(x: Tensor | None, dim: int | None, i: int) -> Tensor | None:
         return x if x is None or dim is None else x.select(dim, i)
 
