@@ -57,7 +57,7 @@ struct Buffers {
 // What a block of columns brings to every row: kept in L1 while the rows pass.
 struct ColumnBlock {
   alignas(64) float bias[kTileCols];  // logit bias; -inf behind the last column
-  alignas(64) float max[kTileCols], sum[kTileCols], target[kTileCols], total[kTileCols];
+  alignas(64) float max[kTileCols], sum[kTileCols], sum_low[kTileCols], target[kTileCols], total[kTileCols];
   alignas(64) float shift[kTileCols], log[kTileCols], weight[kTileCols], share[kTileCols], bias_grad[kTileCols];
   alignas(64) int32_t label[kTileCols];
   int64_t first;
@@ -72,7 +72,7 @@ struct ColumnBlock {
       bias[j] = !real ? -kInfinity : p.key_bias ? p.key_bias[col + j] + p.logit_bias : p.logit_bias;
       max[j] = real && p.columns && p.col_max ? p.col_max[col + j] : -kInfinity;
       sum[j] = real && p.columns && p.col_sum ? p.col_sum[col + j] : 0.0f;
-      target[j] = total[j] = bias_grad[j] = 0.0f;
+      sum_low[j] = target[j] = total[j] = bias_grad[j] = 0.0f;
       shift[j] = real && p.columns && p.col_shift ? p.col_shift[col + j] : 0.0f;
       log[j] = real && p.columns && p.col_log ? p.col_log[col + j] : 0.0f;
       weight[j] = real && p.columns && p.col_weight ? p.col_weight[col + j] : 0.0f;
@@ -84,7 +84,7 @@ struct ColumnBlock {
   void write_statistics(const ContrastiveProblem& p) const {
     for (int j = 0; j < count; ++j) {
       p.col_max[first + j] = max[j];
-      p.col_sum[first + j] = sum[j];
+      p.col_sum[first + j] = sum[j] + sum_low[j];
       p.col_target[first + j] += target[j];
       p.col_total[first + j] += total[j];
     }
@@ -200,10 +200,15 @@ inline void statistics_strip(const ContrastiveProblem& p, float* strip, int64_t 
     const int at = v * kLanes;
     const VecF old_max = load(b.max + at), new_max = max_keep(old_max, load(strip_max + at));
     const VecF shift = new_max == -kInfinity ? VecF{} : new_max;
-    VecF sum = {};  // the strip's own first: one rounding at the size of the whole sum instead of one per row
+    VecF sum = {};
     for (int i = 0; i < rows; ++i) sum += exp_nonpositive(load(strip + i * kTileStride + at) - shift);
+    // A column's sum is long, and its error is every gradient's of the column: what each addition rounds off is kept.
+    const VecF factor = exp_nonpositive(old_max - shift);
+    const VecF before = load(b.sum + at) * factor, after = before + sum, added = after - before;
+    const VecF rounded_off = (before - (after - added)) + (sum - added);
     store(b.max + at, new_max);
-    store(b.sum + at, load(b.sum + at) * exp_nonpositive(old_max - shift) + sum);
+    store(b.sum + at, after);
+    store(b.sum_low + at, load(b.sum_low + at) * factor + rounded_off);
   }
 }
 

@@ -357,7 +357,8 @@ def fit(picture: Picture, scale: float) -> Picture | None:
     picture = picture.crop(box)
     last = ALPHA_STEPS - 1
     factor = min(scale, MAX_SIDE / max(picture.size))
-    size = tuple(max(1, round(side * factor)) for side in picture.size)
+    width, height = picture.size
+    size = max(1, round(width * factor)), max(1, round(height * factor))
     small = picture.resize(size, Image.Resampling.LANCZOS)  # Pillow premultiplies RGBA here
     small.putalpha(small.getchannel("A").point(lambda a: round(round(a * last / 255) * 255 / last)))
     cell = Image.new("RGBA", (CELL, CELL))
@@ -521,7 +522,7 @@ def build(work: Path, out: Path, limit: int | None = None) -> None:
 
     entries = read_entries(archives["names"])
     describe_people(entries)
-    sources = {
+    sources: dict[str, SvgStyle | BitmapFontStyle] = {
         "noto": BitmapFontStyle(font, face_pixels=117),
         "openmoji": SvgStyle(read_tar(archives["openmoji"], "color/svg/"), face_units=48, canvas_units=72),
         "twemoji": SvgStyle(read_tar(archives["twemoji"], "dist/svg/"), face_units=36, canvas_units=36),
