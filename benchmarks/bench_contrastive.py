@@ -21,12 +21,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import contrastive as eager
 from torch import Tensor
 
 import vlmkernels as vk
-
-sys.path.insert(0, str(Path(__file__).parent))
-from peers import contrastive as eager
 
 SAVED_LIMIT = (
     64 * 2**20

@@ -10,25 +10,22 @@ torch.library, autograd and allocations. One thread, warm cache, many calls per 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import contrastive as eager
 from torch import Tensor
 
 import vlmkernels as vk
 from vlmkernels import _native
 
-sys.path.insert(0, str(Path(__file__).parent))
-from peers import contrastive as eager
-
 N, D, SCALE = 64, 32, 10.0
 CALLS, ROUNDS = 500, 9
+CACHE_LINE = 64
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +45,7 @@ def features() -> tuple[Tensor, Tensor]:
 def plain_call(image: Tensor, text: Tensor) -> tuple[Callable[[], Any], Tensor]:
     """The kernel behind a forward without gradients, and the scalar that it writes."""
     loss, row_lse, col_lse = torch.empty(()), torch.empty(2, N), torch.empty(2, N)
+    scale = torch.tensor(SCALE)
 
     def matrix(x: Tensor) -> tuple[int, int, int, int, int]:
         return x.data_ptr(), _native.dtype_tag(x.dtype), 0, *x.stride()
@@ -60,15 +58,16 @@ def plain_call(image: Tensor, text: Tensor) -> tuple[Callable[[], Any], Tensor]:
         m=N,
         d=D,
         columns=True,
-        scale=SCALE,
+        scale=scale.data_ptr(),
         loss=loss.data_ptr(),
         row_lse=row_lse.data_ptr(),
         col_lse=col_lse.data_ptr(),
     )
-    workspace = torch.empty(call.workspace(False, 1), dtype=torch.uint8)
+    workspace = torch.empty(call.workspace(False, 1) + CACHE_LINE, dtype=torch.uint8)
+    start = workspace.data_ptr() + -workspace.data_ptr() % CACHE_LINE
 
-    def run(_keep: Any = (row_lse, col_lse, image, text)) -> None:
-        _native.cpu.contrastive_forward(call, workspace.data_ptr(), 1)
+    def run(_keep: Any = (workspace, scale, row_lse, col_lse, image, text)) -> None:
+        _native.cpu.contrastive_forward(call, start, 1)
 
     return run, loss
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a model on image-text pairs; without arguments: a small CLIP on the bundled emoji, with evaluation and report.
 
-Several processes: torchrun --nproc-per-node 2 -m vlmkernels train ...
+One process: the losses do not take a process group yet.
 """
 
 from __future__ import annotations
