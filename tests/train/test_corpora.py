@@ -68,6 +68,25 @@ def test_two_views_share_their_captions() -> None:
     assert torch.equal(batch.image_labels, batch.text_labels.repeat(2))
 
 
+def test_a_share_of_the_captions_names_only_a_topic() -> None:
+    data = emoji.load()
+    topics = {
+        t.format(emoji.spoken_group(g))
+        for g in (*data.groups, *data.subgroups)
+        for t in emoji.GROUP_TEMPLATES
+    }
+    # What an emoji's own caption may say as well: "flag" is a subgroup and a keyword.
+    topics -= {word for e in data.emojis for word in e.keywords} | set(
+        EmojiCorpus(16, batch_size=200, topics=0.0).captions()
+    )
+    for share, low, high in ((0.0, 0, 0), (0.5, 20, 100)):
+        corpus = EmojiCorpus(16, batch_size=200, topics=share)
+        found = [text for text in corpus.batch(0).texts if text in topics]
+        assert low <= len(found) <= high
+        assert len(set(found)) == len(found)
+        assert topics.isdisjoint(corpus.captions()) == (share == 0.0)  # the vocabulary is learned from them
+
+
 def test_directions_and_letters_are_not_mirrored(corpus: EmojiCorpus) -> None:
     may = {e.name: bool(corpus._may_flip[e.index]) for e in corpus.data.emojis}
     for name in (

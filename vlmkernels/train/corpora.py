@@ -156,6 +156,8 @@ class EmojiCorpus:
         entries = self.data.emojis
         texts = [caption for i in self.concepts for caption in emoji.captions(entries[i])]
         texts += [emoji.spoken_name(entries[i]) for toned in self._toned.values() for i in toned]
+        if not self.topics:
+            return texts
         topics = (*self.data.groups, *self.data.subgroups)
         return texts + [
             template.format(emoji.spoken_group(t)) for t in topics for template in emoji.GROUP_TEMPLATES
@@ -181,7 +183,10 @@ class EmojiCorpus:
         return Batch(images, texts, labels.repeat(self.views), labels)
 
     def _texts(self, indices: list[int], generator: torch.Generator) -> list[str]:
-        texts, used = [], set()
+        if not self.topics:
+            return [emoji.random_caption(self.data.emojis[i], generator) for i in indices]
+        texts: list[str] = []
+        used: set[str] = set()
         topical = torch.rand(len(indices), generator=generator) < self.topics
         for i, by_topic in zip(indices, topical.tolist(), strict=True):
             e = self.data.emojis[i]
