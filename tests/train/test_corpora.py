@@ -70,16 +70,10 @@ def test_two_views_share_their_captions() -> None:
 
 def test_a_share_of_the_captions_names_only_a_topic() -> None:
     data = emoji.load()
-    topics = {
-        t.format(emoji.spoken_group(g))
-        for g in (*data.groups, *data.subgroups)
-        for t in emoji.GROUP_TEMPLATES
-    }
-    # What an emoji's own caption may say as well: "flag" is a subgroup and a keyword.
-    topics -= {word for e in data.emojis for word in e.keywords} | set(
-        EmojiCorpus(16, batch_size=200, topics=0.0).captions()
-    )
-    for share, low, high in ((0.0, 0, 0), (0.5, 20, 100)):
+    # Without the bare name, which a caption of a single keyword may equal.
+    templates = emoji.GROUP_TEMPLATES[1:]
+    topics = {t.format(emoji.spoken_group(g)) for g in (*data.groups, *data.subgroups) for t in templates}
+    for share, low, high in ((0.0, 0, 0), (0.5, 15, 100)):
         corpus = EmojiCorpus(16, batch_size=200, topics=share)
         found = [text for text in corpus.batch(0).texts if text in topics]
         assert low <= len(found) <= high
