@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from oracle import ULPS, assert_as_accurate, assert_typically_as_accurate, ulp
 from torch import Tensor
 
+from vlmkernels.ops import contrastive as ops
 from vlmkernels.ops.reference import contrastive as reference
 
 OPS = ("clip_loss", "siglip_loss", "multi_positive_loss", "info_nce", "linear_cross_entropy")
 SQUARE = ("clip_loss", "siglip_loss")  # as many texts as images
+
+DRAWS = 3  # problems of one shape, where there is no reason for another number
 
 #: The names of the two operands of each op's product.
 OPERANDS = {
@@ -197,6 +200,14 @@ def draws(op: str, n: int, m: int, d: int) -> list[Problem]:
     return [
         make(op, n, m, d, seed=seed) for seed in range(16 if n * m <= 1000 else 8 if n * m <= 10000 else 3)
     ]
+
+
+def check_accuracy(
+    problems: Sequence[Problem], *, upstream: Tensor | float = 0.37, compute_dtype: torch.dtype | None = None
+) -> None:
+    """The cpu kernels obey the accuracy rule, for the loss and for the gradient of every input."""
+    ours = [p.results(ops, backend="cpu", upstream=upstream, compute_dtype=compute_dtype) for p in problems]
+    assert_accurate(problems, ours, upstream=upstream, compute_dtype=compute_dtype)
 
 
 def row_gradient(problem: Problem) -> Tensor:
