@@ -48,7 +48,7 @@ ContrastivePlan make_plan(const ContrastiveProblem& p, int threads) {
   const int64_t useful = p.n * p.m * std::max<int64_t>(p.d, 1) / kSmallPart;
   plan.threads = static_cast<int>(std::clamp<int64_t>(useful, 1, std::max(threads, 1)));
   const int64_t widest = round_up((p.n + plan.threads - 1) / plan.threads, kTileRows);
-  plan.block_rows = std::clamp<int64_t>(widest, kTileRows, 512);
+  plan.block_rows = std::clamp<int64_t>(widest, kTileRows, 1024);
   while (plan.block_rows > kTileRows && plan.threads * part_scratch(p, plan.block_rows) > kScratchLimit)
     plan.block_rows -= kTileRows;
   plan.scratch_bytes = part_scratch(p, plan.block_rows);
@@ -77,13 +77,12 @@ void add(PartSums& total, const PartSums& part) {
 PartSums run_pass(ContrastivePart kernel, const ContrastiveProblem& p, const ContrastivePlan& plan, int64_t row0,
                   int64_t row1, char* scratch) {
   const int parts = plan.threads;
-  const int64_t col_align = p.m >= 4 * parts * kTileCols ? kTileCols : kColAlign;
   std::vector<PartSums> sums(static_cast<size_t>(parts) * parts);
   for (int step = 0; step < parts; ++step) {
     parallel_for(parts, parts, [&](int64_t part) {
       const int t = static_cast<int>(part), c = (t + step) % parts;
       const int64_t r0 = boundary(row0, row1, t, parts, kRowAlign), r1 = boundary(row0, row1, t + 1, parts, kRowAlign);
-      const int64_t c0 = boundary(0, p.m, c, parts, col_align), c1 = boundary(0, p.m, c + 1, parts, col_align);
+      const int64_t c0 = boundary(0, p.m, c, parts, kColAlign), c1 = boundary(0, p.m, c + 1, parts, kColAlign);
       if (r0 < r1 && c0 < c1)
         kernel(p, plan, r0, r1, c0, c1, scratch + t * plan.scratch_bytes, &sums[static_cast<size_t>(step) * parts + t]);
     });

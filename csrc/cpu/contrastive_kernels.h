@@ -63,8 +63,8 @@ struct ColumnBlock {
   int64_t first;
   int count, vecs;
 
-  ColumnBlock(const ContrastiveProblem& p, int64_t col, int64_t end) : first(col) {
-    count = static_cast<int>(end - col < kTileCols ? end - col : kTileCols);
+  ColumnBlock(const ContrastiveProblem& p, int64_t col, int64_t end, int64_t widest) : first(col) {
+    count = static_cast<int>(end - col < widest ? end - col : widest);
     vecs = static_cast<int>(ceil_div(count, kLanes));
     const int padded = vecs * kLanes;
     for (int j = 0; j < padded; ++j) {
@@ -90,6 +90,13 @@ struct ColumnBlock {
     }
   }
 };
+
+// Columns of a tile such that `cols` make tiles of about equal size: a narrow last one would keep the multipliers
+// waiting.
+inline int64_t tile_width(int64_t cols) {
+  const int64_t tiles = ceil_div(cols, kTileCols);
+  return round_up(ceil_div(cols, tiles), kCols);
+}
 
 // Zeros in the last register's lanes behind `count`, which enter the sums over whole registers. The operands are padded
 // with zeros, but an infinite feature makes NaN of them, and that survives the bias of -inf that hides these lanes.
@@ -294,12 +301,12 @@ template <class Op>
 void statistics_part(const ContrastiveProblem& p, const ContrastivePlan& plan, int64_t row0, int64_t row1, int64_t col0,
                      int64_t col1, char* scratch, PartSums*) {
   const Buffers<Op> buffer(scratch, p, plan);
-  const int64_t depth = ceil_div(p.d, Op::kDepthPerUnit);
+  const int64_t depth = ceil_div(p.d, Op::kDepthPerUnit), tile_cols = tile_width(col1 - col0);
   for (int64_t block = row0; block < row1; block += plan.block_rows) {
     const int64_t block_rows = row1 - block < plan.block_rows ? row1 - block : plan.block_rows;
     pack_depth_in_row<Op, kRows>(p.q, block, block_rows, p.d, buffer.left);
-    for (int64_t col = col0; col < col1; col += kTileCols) {
-      ColumnBlock columns(p, col, col1);
+    for (int64_t col = col0; col < col1; col += tile_cols) {
+      ColumnBlock columns(p, col, col1, tile_cols);
       pack_depth_in_row<Op, kCols>(p.k, col, columns.count, p.d, buffer.right);
       for (int64_t i = 0; i < block_rows; i += kRows) {
         const int rows = static_cast<int>(block_rows - i < kRows ? block_rows - i : kRows);
@@ -321,11 +328,11 @@ inline void convert_strip(const float* strip, int rows, int vecs, int64_t tile_r
     uint32_t* by_pair = pair_tile + (tile_row + i) / 2 * kTileStride;
     for (int v = 0; v < vecs; ++v) {
       const int at = v * kLanes;
-      const VecF low = load(a + at), high = i + 1 < rows ? load(a + kTileStride + at) : VecF{};
-      const VecU low_bits = to_bf16_bits(low), high_bits = to_bf16_bits(high);
-      *reinterpret_cast<HalfWords*>(by_row + at) = __builtin_convertvector(low_bits, HalfWords);
-      *reinterpret_cast<HalfWords*>(by_row + 2 * kPairTileStride + at) = __builtin_convertvector(high_bits, HalfWords);
-      store_units(by_pair + at, low_bits | (high_bits << 16));
+      const HalfWords low = to_bf16(load(a + at));
+      const HalfWords high = i + 1 < rows ? to_bf16(load(a + kTileStride + at)) : HalfWords{};
+      *reinterpret_cast<HalfWords*>(by_row + at) = low;
+      *reinterpret_cast<HalfWords*>(by_row + 2 * kPairTileStride + at) = high;
+      store_units(by_pair + at, bf16_pairs(low, high));
     }
   }
 }
@@ -352,6 +359,7 @@ void gradients_part(const ContrastiveProblem& p, const ContrastivePlan& plan, in
   using ByColumn = typename TileLayouts<Op>::ByColumn;
   const Buffers<Op> buffer(scratch, p, plan);
   const int64_t depth = ceil_div(p.d, Op::kDepthPerUnit), width = round_up(p.d, kLanes);
+  const int64_t tile_cols = tile_width(col1 - col0);
   for (int64_t block = row0; block < row1; block += plan.block_rows) {
     const int64_t block_rows = row1 - block < plan.block_rows ? row1 - block : plan.block_rows;
     if (!p.saved) pack_depth_in_row<Op, kRows>(p.q, block, block_rows, p.d, buffer.left);
@@ -360,8 +368,8 @@ void gradients_part(const ContrastiveProblem& p, const ContrastivePlan& plan, in
         pack_depth_in_rows<Op>(p.q, block + i, block_rows - i < kTileRows ? block_rows - i : kTileRows, p.d,
                                buffer.left_by_depth + i / Op::kDepthPerUnit * width);
     }
-    for (int64_t col = col0; col < col1; col += kTileCols) {
-      ColumnBlock columns(p, col, col1);
+    for (int64_t col = col0; col < col1; col += tile_cols) {
+      ColumnBlock columns(p, col, col1, tile_cols);
       if (!p.saved) pack_depth_in_row<Op, kCols>(p.k, col, columns.count, p.d, buffer.right);
       if (p.grad_q) pack_depth_in_rows<Op>(p.k, col, columns.count, p.d, buffer.right_by_depth);
       for (int64_t tile = 0; tile < block_rows; tile += kTileRows) {

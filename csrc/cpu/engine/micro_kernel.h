@@ -89,6 +89,9 @@ struct LeftLayout {
 // The left operand packed in panels of kRows rows (pack.h).
 using LeftPanel = LeftLayout<1, kRows>;
 
+// The right operand streams from L2; its lines are asked for this many depth steps ahead.
+inline constexpr int kPrefetchSteps = 6;
+
 // C[rows x cols] = A B, or C += A B. `a` in Layout, `b` packed as [depth][Vecs * kLanes] units, `c` row-major with
 // row stride ldc. The whole block is computed, on operands padded with zeros; only rows x cols of it are written.
 template <class Op, class Layout, int Rows, int Vecs>
@@ -110,7 +113,10 @@ template <class Op, class Layout, int Rows, int Vecs>
   for (int64_t step = 0; step < depth; ++step) {
     VecU right[Vecs];
 #pragma GCC unroll 3
-    for (int j = 0; j < Vecs; ++j) right[j] = load_units(b + j * kLanes);
+    for (int j = 0; j < Vecs; ++j) {
+      right[j] = load_units(b + j * kLanes);
+      __builtin_prefetch(b + (kPrefetchSteps * Vecs + j) * kLanes);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       const uint32_t unit = a[i * Layout::kRowStride];

@@ -53,19 +53,13 @@ VecU load_row_units(const Matrix& m, int64_t row, int64_t unit, int64_t depth) {
     if (m.dtype == Dtype::kBF16 && m.col_stride == 1 && depth - first >= 2 * kLanes)
       return load_units(
           reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(m.data) + row * m.row_stride + first));
-    alignas(VK_VECTOR_BYTES) float values[2 * kLanes];
+    VecF halves[2];
     for (int half = 0; half < 2; ++half) {
       const int64_t from = first + half * kLanes;
       const int64_t left = depth - from;
-      const VecF v = left <= 0 ? VecF{} : load_row(m, row, from, left < kLanes ? static_cast<int>(left) : kLanes);
-      store(values + half * kLanes, v);
+      halves[half] = left <= 0 ? VecF{} : load_row(m, row, from, left < kLanes ? static_cast<int>(left) : kLanes);
     }
-    alignas(VK_VECTOR_BYTES) float even[kLanes], odd[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      even[i] = values[2 * i];
-      odd[i] = values[2 * i + 1];
-    }
-    return bf16_pairs(load(even), load(odd));
+    return to_bf16_row(halves[0], halves[1]);
   }
 }
 

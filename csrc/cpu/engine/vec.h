@@ -116,15 +116,34 @@ inline VecF log1p_unit(VecF e) {
   return p * e;
 }
 
-// bfloat16 bits (in the low half of each lane), rounded to nearest even; NaN stays a quiet NaN.
-inline VecU to_bf16_bits(VecF x) {
+// bfloat16, rounded to nearest even; NaN stays a quiet NaN.
+inline HalfWords to_bf16(VecF x) {
+#if defined(__AVX512BF16__)
+  return (HalfWords)_mm512_cvtneps_pbh((__m512)x);
+#else
   const VecU bits = (VecU)x;
   const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return (VecU)(x == x ? (VecI)rounded : VecI{} + 0x7fc0);
+  return __builtin_convertvector((VecU)(x == x ? (VecI)rounded : VecI{} + 0x7fc0), HalfWords);
+#endif
+}
+
+// Two registers of consecutive values as one of bf16, in their order.
+inline VecU to_bf16_row(VecF first, VecF second) {
+#if defined(__AVX512BF16__)
+  return (VecU)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+  const HalfWords halves[2] = {to_bf16(first), to_bf16(second)};
+  VecU out;
+  std::memcpy(&out, halves, sizeof out);
+  return out;
+#endif
 }
 
 // Lane l becomes the pair (low[l], high[l]): two rows of one column, the unit of a product over rows.
-inline VecU bf16_pairs(VecF low, VecF high) { return to_bf16_bits(low) | (to_bf16_bits(high) << 16); }
+inline VecU bf16_pairs(HalfWords low, HalfWords high) {
+  return __builtin_convertvector(low, VecU) | (__builtin_convertvector(high, VecU) << 16);
+}
+inline VecU bf16_pairs(VecF low, VecF high) { return bf16_pairs(to_bf16(low), to_bf16(high)); }
 
 inline VecF from_bf16(const uint16_t* p) {
   const HalfWords h = *reinterpret_cast<const HalfWords*>(p);
