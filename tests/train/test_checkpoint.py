@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from vlmkernels.train.checkpoint import load_checkpoint, read_progress, save_checkpoint, write_text_atomically
+from vlmkernels._files import write_text_atomically
+from vlmkernels.train.checkpoint import load_checkpoint, read_progress, save_checkpoint
 from vlmkernels.train.optim import Lion, WeightAverage
 
 

@@ -8,10 +8,10 @@ import json
 import time
 from pathlib import Path
 
+from vlmkernels._files import write_text_atomically
 from vlmkernels.cli._models import add_model_argument, load_encoder, picture_features, print_json, warn
 from vlmkernels.data.sources import list_pictures
 from vlmkernels.ops.flat_index import FlatIndex
-from vlmkernels.train.checkpoint import write_text_atomically
 
 HELP = "make a folder of pictures searchable"
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vlmkernels._files import write_text_atomically
 from vlmkernels.cli._models import QUANTIZATION, add_model_argument, load_encoder, print_json
 from vlmkernels.data import emoji
 from vlmkernels.models import save_pretrained
 from vlmkernels.nn.quantize import QuantizationReport, quantize_
-from vlmkernels.train.checkpoint import write_text_atomically
 
 if TYPE_CHECKING:
     from vlmkernels.train.evaluation import Encoder

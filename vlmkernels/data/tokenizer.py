@@ -15,7 +15,6 @@ import importlib.util
 import json
 import os
 import re
-import secrets
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from vlmkernels._files import write_text_atomically
 
 if TYPE_CHECKING:
     import tokenizers
@@ -263,13 +264,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the tokenizer as JSON, atomically."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text_atomically(path, json.dumps(self.to_dict(), ensure_ascii=False))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what `save` writes."""

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmkernels._files import write_atomically, write_text_atomically
 from vlmkernels.models._layouts import EXTRAS, convert_state_dict, layer_indices, strip_wrappers, to_openai
 from vlmkernels.models._torchscript import is_torchscript, read_torchscript
 from vlmkernels.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
@@ -391,22 +391,12 @@ def save_pretrained(
     # A file alone is loadable too: it carries its configuration. One entry only, because safetensors writes
     # several in random order and equal models should give equal files.
     metadata = {"vlmkernels_config": json.dumps(config.to_dict())}
-    _replace(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=metadata))
+    write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=metadata))
     if tokenizer is not None:
-        _replace(folder / "tokenizer.json", tokenizer.save)
+        write_atomically(folder / "tokenizer.json", tokenizer.save)
     elif model.tokenizer_state is not None:
         text = json.dumps(model.tokenizer_state, ensure_ascii=False)
-        _replace(folder / "tokenizer.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text_atomically(folder / "tokenizer.json", text)
     text = json.dumps({"format": _FORMAT, "version": 1, "config": config.to_dict()}, indent=2) + "\n"
-    _replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text_atomically(folder / "config.json", text)
     return folder
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Writes through a temporary sibling, so that a reader or a kill never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,41 +11,17 @@ from __future__ import annotations
 import json
 import os
 import random
-import secrets
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from vlmkernels._files import write_atomically
 from vlmkernels.train.optim import WeightAverage
 
 FORMAT = "vlmkernels-checkpoint-1"
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    """Lets ``write`` fill a temporary file beside ``path``, forces it to disk, and moves it into place.
-
-    Args:
-        path: the file to replace.
-        write: called with the path of the temporary file.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Replaces a text file (UTF-8) atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 
 from vlmkernels import _version
+from vlmkernels._files import write_text_atomically
 from vlmkernels.data.tokenizer import Tokenizer
 from vlmkernels.data.transforms import transform_for
 from vlmkernels.models import CLIP, create, save_pretrained
 from vlmkernels.ops.contrastive import clip_loss, multi_positive_loss, siglip_loss
 from vlmkernels.train import distributed
-from vlmkernels.train.checkpoint import load_checkpoint, save_checkpoint, write_text_atomically
+from vlmkernels.train.checkpoint import load_checkpoint, save_checkpoint
 from vlmkernels.train.config import TrainConfig
 from vlmkernels.train.corpora import Batch, EmojiCorpus, PairCorpus
 from vlmkernels.train.evaluation import EmojiEvaluation, Encoder, PairsEvaluation, trim

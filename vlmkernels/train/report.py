@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from vlmkernels._files import write_text_atomically
 from vlmkernels.train._charts import bar_of_parts, heat_map, line_chart
-from vlmkernels.train.checkpoint import write_text_atomically
 from vlmkernels.train.evaluation import (
     RECALLS,
     Classification,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmkernels.train.checkpoint import read_progress, write_text_atomically
+from vlmkernels._files import write_text_atomically
+from vlmkernels.train.checkpoint import read_progress
 from vlmkernels.train.config import TrainConfig
 
 #: Settings that decide how a run is carried out and not what comes out of it.
