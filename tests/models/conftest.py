@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of the model tests: small configurations, and independent implementations where installed."""
 
-import importlib.util
-import pathlib
-import re
 import warnings
 
 import pytest
 import torch
+from peers.loading import import_open_clip
 
 from vlmkernels.models import CLIP, CLIPConfig, TextConfig, VisionConfig
 
@@ -73,32 +71,13 @@ def make_model():
     return build
 
 
-_declared = []  # torch drops declared operators with the library that holds them
-
-
 @pytest.fixture(scope="session")
 def open_clip():
-    """open_clip. It imports torchvision, whose compiled operators do not load beside every build of torch:
-    declaring them (nothing here calls one) lets its Python side import."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or importlib.util.find_spec("open_clip") is None:
+    """open_clip, whatever build of torchvision is beside it."""
+    module = import_open_clip()
+    if module is None:
         pytest.skip("needs open_clip and torchvision")
-    folder = pathlib.Path(spec.origin).parent
-    try:
-        for extension in folder.glob("_C*.so"):
-            torch.ops.load_library(str(extension))
-    except OSError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in sorted(
-            {n for f in folder.rglob("*.py") for n in re.findall(r"torchvision::(\w+)", f.read_text())}
-        ):
-            if not hasattr(torch.ops.torchvision, name):
-                library.define(f"{name}(Tensor a) -> Tensor")
-        _declared.append(library)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import open_clip
-    return open_clip
+    return module
 
 
 @pytest.fixture(scope="session")

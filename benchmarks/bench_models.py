@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models beside open_clip: the ViT-B/32 image tower, and a training step of both towers.
+
+    pytest benchmarks/bench_models.py --benchmark-columns=median,iqr,rounds
+    pytest benchmarks/bench_models.py -k "w8a8 and batch-32"
+
+Both sides have the same random weights. Rows of bfloat16 and w8a8 stand beside the faster of open_clip's eager and
+compiled towers in bfloat16; `images_per_second` is ours. Needs open_clip.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peers.loading import import_open_clip
+from torch import Tensor, nn
+
+import vlmkernels as vk
+
+# What the peers' modules and torch.compile warn of when they are imported is not ours to mend.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+MODEL = "ViT-B-32"
+IMAGE_SIZE = 224
+# Features of the two sides, each of length 1: rounding of twelve layers, in the cosine.
+COSINE = {"float32": 1 - 1e-5, "bfloat16": 0.999, "w8a8": 0.99}
+
+
+@pytest.fixture(scope="module")
+def twins() -> tuple[nn.Module, nn.Module]:
+    """Ours and open_clip's CLIP with the same weights, in evaluation mode."""
+    open_clip = import_open_clip()
+    if open_clip is None:
+        pytest.skip("needs open_clip and torchvision")
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns that the weights are random
+    torch.manual_seed(0)
+    ours = vk.models.create(MODEL, act="gelu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peer = open_clip.create_model(MODEL).eval()
+    peer.load_state_dict(vk.models.convert_state_dict(ours.state_dict(), to="open_clip"))
+    return ours, peer
+
+
+def images(batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+
+def inference(tower: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        with torch.inference_mode():
+            return tower(x)
+
+    return call
+
+
+def seconds(call: Callable[[], Tensor], rounds: int = 3) -> float:
+    call()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@pytest.fixture(scope="module")
+def bfloat16_peer(twins: tuple[nn.Module, nn.Module]) -> Callable[[Tensor], tuple[str, Callable[[], Tensor]]]:
+    """`bfloat16_peer(x)`: the faster of open_clip's eager and compiled bfloat16 towers for a batch, and its name."""
+    eager = copy.deepcopy(twins[1].visual).bfloat16()
+    compiled = torch.compile(copy.deepcopy(eager))
+
+    def choose(x: Tensor) -> tuple[str, Callable[[], Tensor]]:
+        calls = {name: inference(tower, x) for name, tower in (("eager", eager), ("compiled", compiled))}
+        name = min(calls, key=lambda name: seconds(calls[name]))
+        return f"open_clip bfloat16, {name}", calls[name]
+
+    return choose
+
+
+def our_tower(clip: nn.Module, kind: str) -> nn.Module:
+    tower = copy.deepcopy(clip.visual)
+    if kind == "bfloat16":
+        return vk.quantize_(tower.bfloat16(), "bf16")
+    return vk.quantize_(tower, "w8a8") if kind == "w8a8" else tower
+
+
+@pytest.mark.parametrize("batch", [32, 1], ids=lambda batch: f"batch-{batch}")
+@pytest.mark.parametrize(
+    ("kind", "peer_dtype"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("w8a8", "float32"), ("w8a8", "bfloat16")],
+)
+def test_image_tower(pairs, row, twins, request, kind: str, peer_dtype: str, batch: int) -> None:
+    x = images(batch)
+    expected = inference(twins[1].visual, x)()
+    ours = inference(our_tower(twins[0], kind), x.bfloat16() if kind == "bfloat16" else x)
+    cosine = F.cosine_similarity(ours().float(), expected).min().item()
+    assert cosine >= COSINE[kind]
+    if peer_dtype == "float32":
+        peer_name, peer = "open_clip float32, eager", inference(twins[1].visual, x)
+    else:
+        peer_name, peer = request.getfixturevalue("bfloat16_peer")(x.bfloat16())
+    times = pairs(ours, peer, 7 if batch == 32 else 15)
+    row(
+        f"{MODEL} image tower, batch {batch}, {kind} beside {peer_dtype}",
+        shape=[batch, 3, IMAGE_SIZE, IMAGE_SIZE],
+        dtype=kind,
+        peer=peer_name,
+        **times,
+        images_per_second=batch / times["ms"] * 1e3,
+        peer_images_per_second=batch / times["peer_ms"] * 1e3,
+        cosine=cosine,
+    )
+
+
+def training_step(model: nn.Module, loss: Callable[..., Tensor], autocast: bool) -> Callable[[], Tensor]:
+    """Forward, loss, backward and an AdamW step of both towers on 32 pairs."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    x, ids = images(32), torch.randint(1, 49405, (32, 77), generator=torch.Generator().manual_seed(1))
+    ids[:, 40] = 49407
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            u = F.normalize(model.encode_image(x).float(), dim=-1)
+            v = F.normalize(model.encode_text(ids).float(), dim=-1)
+            value = loss(u, v, model.logit_scale.exp())
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return step
+
+
+def eager_clip_loss(u: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+    logits, pairs = scale * u @ v.T, torch.arange(len(u))
+    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_training_step(pairs, row, twins, kind: str) -> None:
+    autocast = kind == "bfloat16"
+    ours = training_step(twins[0], vk.clip_loss, autocast)
+    peer = training_step(twins[1], eager_clip_loss, autocast)
+    first, expected = ours(), peer()
+    # Under autocast the two round in other places; the loss of 32 pairs is about ln 32.
+    assert abs(first - expected) <= (2e-2 if autocast else 1e-4), (first, expected)
+    times = pairs(ours, peer, 3)
+    row(
+        f"{MODEL} training step, batch 32, {kind}",
+        shape=[32, 3, IMAGE_SIZE, IMAGE_SIZE],
+        dtype=kind,
+        peer="open_clip" if kind == "float32" else "open_clip, autocast",
+        **times,
+    )
