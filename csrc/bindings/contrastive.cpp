@@ -36,7 +36,9 @@ ContrastiveCall make_call(const MatrixArgument& q, const MatrixArgument& k, int6
                           Address row_labels, Address col_labels, Address key_mask, Address key_bias, Address loss,
                           Address row_lse, Address col_lse, Address saved, Address grad_loss, Address grad_q,
                           Address grad_k, Address grad_q_bf16, Address grad_k_bf16, Address grad_scale,
-                          Address grad_logit_bias, Address grad_key_bias) {
+                          Address grad_logit_bias, Address grad_key_bias, bool block, int64_t row_classes,
+                          int64_t col_classes, Address row_share, Address col_share, Address row_weight,
+                          Address col_weight, Address row_stats, Address col_stats) {
   ContrastiveCall call;
   call.problem.q = matrix(q);
   call.problem.k = matrix(k);
@@ -72,6 +74,15 @@ ContrastiveCall make_call(const MatrixArgument& q, const MatrixArgument& k, int6
   call.grad_scale = pointer<float>(grad_scale);
   call.grad_logit_bias = pointer<float>(grad_logit_bias);
   call.grad_key_bias = pointer<float>(grad_key_bias);
+  call.block = block;
+  call.row_classes = row_classes;
+  call.col_classes = col_classes;
+  call.row_share = pointer<const float>(row_share);
+  call.col_share = pointer<const float>(col_share);
+  call.row_weight = pointer<const float>(row_weight);
+  call.col_weight = pointer<const float>(col_weight);
+  call.row_stats = pointer<float>(row_stats);
+  call.col_stats = pointer<float>(col_stats);
   return call;
 }
 
@@ -95,9 +106,14 @@ void bind_contrastive(py::module_& m) {
            py::arg("key_bias") = none, py::arg("loss") = none, py::arg("row_lse") = none, py::arg("col_lse") = none,
            py::arg("saved") = none, py::arg("grad_loss") = none, py::arg("grad_q") = none, py::arg("grad_k") = none,
            py::arg("grad_q_bf16") = none, py::arg("grad_k_bf16") = none, py::arg("grad_scale") = none,
-           py::arg("grad_logit_bias") = none, py::arg("grad_key_bias") = none)
+           py::arg("grad_logit_bias") = none, py::arg("grad_key_bias") = none, py::arg("block") = false,
+           py::arg("row_classes") = 0, py::arg("col_classes") = 0, py::arg("row_share") = none,
+           py::arg("col_share") = none, py::arg("row_weight") = none, py::arg("col_weight") = none,
+           py::arg("row_stats") = none, py::arg("col_stats") = none)
       .def("workspace", &cpu::contrastive_workspace, py::arg("one_pass"), py::arg("threads"));
   m.def("contrastive_forward", &run<cpu::contrastive_forward>, py::arg("call"), py::arg("workspace"),
+        py::arg("threads"));
+  m.def("contrastive_block_statistics", &run<cpu::contrastive_block_statistics>, py::arg("call"), py::arg("workspace"),
         py::arg("threads"));
   m.def("contrastive_backward", &run<cpu::contrastive_backward>, py::arg("call"), py::arg("workspace"),
         py::arg("threads"));

@@ -153,6 +153,8 @@ struct Prepared {
       const int64_t bytes = index * stride * (m.dtype == Dtype::kF32 ? 4 : 2);
       m.data = static_cast<const char*>(m.data) + bytes;
     };
+    p.row_classes = call.block ? call.row_classes : p.m;
+    p.col_classes = call.block ? call.col_classes : p.n;
     advance(p.q, call.q_batch_stride);
     advance(p.k, call.k_batch_stride);
     p.row_max = arena.take<float>(p.n);
@@ -188,11 +190,11 @@ struct Prepared {
                    col_share);
       p.row_labels = row_ids;
       p.col_labels = col_ids;
-      p.row_share = row_share;
-      p.col_share = col_share;
+      p.row_share = call.block ? call.row_share : row_share;
+      p.col_share = call.block ? call.col_share : col_share;
     } else if (call.positives) {
       p.positives = call.positives + index * p.n;
-      check_positives(call, index);
+      if (!call.block) check_positives(call, index);
     } else {
       auto* identity = arena.take<int64_t>(p.n);
       for (int64_t i = 0; i < p.n; ++i) identity[i] = i;
@@ -245,13 +247,15 @@ void logs(const float* sums, int64_t count, float* out) {
 
 double row_loss(const ContrastiveProblem& p, int64_t i) {
   const double hard = 1.0 - p.smoothing, share = p.row_share ? p.row_share[i] : 1.0;
-  const double target = hard * share * p.row_target[i] + p.smoothing / static_cast<double>(p.m) * p.row_total[i];
+  const double target =
+      hard * share * p.row_target[i] + p.smoothing / static_cast<double>(p.row_classes) * p.row_total[i];
   return p.row_max[i] - target + std::log(static_cast<double>(p.row_sum[i]));
 }
 
 double col_loss(const ContrastiveProblem& p, int64_t j) {
   const double hard = 1.0 - p.smoothing, share = p.col_share ? p.col_share[j] : 1.0;
-  const double target = hard * share * p.col_target[j] + p.smoothing / static_cast<double>(p.n) * p.col_total[j];
+  const double target =
+      hard * share * p.col_target[j] + p.smoothing / static_cast<double>(p.col_classes) * p.col_total[j];
   return p.col_max[j] - target + std::log(static_cast<double>(p.col_sum[j]));
 }
 
@@ -418,6 +422,19 @@ void contrastive_forward(const ContrastiveCall& call, int threads) {
   *call.loss = result(call, total);
 }
 
+void contrastive_block_statistics(const ContrastiveCall& call, int threads) {
+  for_each_problem(call, false, threads, [&](int64_t b, const ContrastivePlan& plan, char* workspace) {
+    Arena arena(workspace);
+    Prepared prepared(call, b, arena);
+    const ContrastiveProblem& p = prepared.problem;
+    run_pass(kernels().contrastive.statistics, p, plan, 0, p.n, arena.rest());
+    float* row = call.row_stats;
+    for (const float* part : {p.row_max, p.row_sum, p.row_target, p.row_total}) row = std::copy_n(part, p.n, row);
+    float* col = call.col_stats;
+    for (const float* part : {p.col_max, p.col_sum, p.col_target, p.col_total}) col = std::copy_n(part, p.m, col);
+  });
+}
+
 namespace {
 
 // Gradients of bf16 features: summed in float32, rounded once.
@@ -451,17 +468,22 @@ void contrastive_backward(const ContrastiveCall& call, int threads) {
       p.col_shift = call.col_lse + 2 * b * p.m;
       p.col_log = p.col_shift + p.m;
     }
-    const bool none = call.reduction == Reduction::kNone;
-    for (int64_t i = 0; i < p.n; ++i) {
-      const float upstream = none ? call.grad_loss[b * p.n + i] : *call.grad_loss;
-      prepared.row_weight[i] = prepared.counts_row(i) ? upstream * prepared.row_mean : 0.0f;
+    if (call.block) {
+      p.row_weight = call.row_weight;
+      p.col_weight = call.col_weight;
+    } else {
+      const bool none = call.reduction == Reduction::kNone;
+      for (int64_t i = 0; i < p.n; ++i) {
+        const float upstream = none ? call.grad_loss[b * p.n + i] : *call.grad_loss;
+        prepared.row_weight[i] = prepared.counts_row(i) ? upstream * prepared.row_mean : 0.0f;
+      }
+      for (int64_t j = 0; j < p.m; ++j)
+        prepared.col_weight[j] = p.columns && prepared.counts_col(j) ? *call.grad_loss * prepared.col_mean : 0.0f;
     }
-    for (int64_t j = 0; j < p.m; ++j)
-      prepared.col_weight[j] = p.columns && prepared.counts_col(j) ? *call.grad_loss * prepared.col_mean : 0.0f;
     p.grad_q = call.grad_q ? call.grad_q + b * p.n * p.d : nullptr;
     p.grad_k = call.grad_k ? call.grad_k + b * p.m * p.d : nullptr;
     p.grad_key_bias = call.grad_key_bias;
-    if (p.grad_q) std::fill_n(p.grad_q, p.n * p.d, 0.0f);
+    if (p.grad_q && !call.block) std::fill_n(p.grad_q, p.n * p.d, 0.0f);
     if (p.grad_k) std::fill_n(p.grad_k, p.m * p.d, 0.0f);
     sums[static_cast<size_t>(b)] = run_pass(kernels().contrastive.gradients, p, plan, 0, p.n, arena.rest());
   });
@@ -487,9 +509,14 @@ void contrastive_one_pass(const ContrastiveCall& call, int threads) {
     p.grad_q = call.grad_q ? call.grad_q + b * p.n * p.d : nullptr;
     p.grad_k = call.grad_k ? call.grad_k + b * p.m * p.d : nullptr;
     p.grad_key_bias = call.grad_key_bias;
-    if (p.grad_q) std::fill_n(p.grad_q, p.n * p.d, 0.0f);
+    if (p.grad_q && !call.block) std::fill_n(p.grad_q, p.n * p.d, 0.0f);
     if (p.grad_k) std::fill_n(p.grad_k, p.m * p.d, 0.0f);
-    for (int64_t i = 0; i < p.n; ++i) prepared.row_weight[i] = prepared.counts_row(i) ? prepared.row_mean : 0.0f;
+    if (call.block) {
+      p.row_weight = call.row_weight;
+      prepared.row_mean = p.n > 0 ? call.row_weight[0] : 0.0f;
+    } else {
+      for (int64_t i = 0; i < p.n; ++i) prepared.row_weight[i] = prepared.counts_row(i) ? prepared.row_mean : 0.0f;
+    }
     std::fill_n(prepared.col_weight, p.m, 0.0f);
     PartSums& total = sums[static_cast<size_t>(b)];
     double& loss = losses[static_cast<size_t>(b)];

@@ -21,10 +21,11 @@ struct ContrastiveProblem {
   bool bf16 = false;     // products in bf16 with float32 sums, else float32
   float scale = 1.0f;
   float logit_bias = 0.0f;
-  float smoothing = 0.0f;               // label smoothing: targets (1 - s) * positive + s / (number of classes)
-  const float* key_bias = nullptr;      // [M]; -inf leaves a key out
-  const int64_t* positives = nullptr;   // [N] index of a row's positive, -1 for none; null: positives by label
-  const int32_t* row_labels = nullptr;  // [N], with col_labels [M]: equal labels are positives
+  float smoothing = 0.0f;                    // label smoothing: targets (1 - s) * positive + s / (number of classes)
+  int64_t row_classes = 0, col_classes = 0;  // classes of a row and of a column: M and N of the whole problem
+  const float* key_bias = nullptr;           // [M]; -inf leaves a key out
+  const int64_t* positives = nullptr;        // [N] index of a row's positive, -1 for none; null: positives by label
+  const int32_t* row_labels = nullptr;       // [N], with col_labels [M]: equal labels are positives
   const int32_t* col_labels = nullptr;
   const float* row_share = nullptr;  // [N] with labels: 1 / (positives of the row), 0 without any
   const float* col_share = nullptr;  // [M]
@@ -91,6 +92,14 @@ struct ContrastiveCall {
   float *row_lse = nullptr, *col_lse = nullptr;  // [batch, 2, N], [batch, 2, M]: maximum, log of the shifted sum
   float* saved = nullptr;                        // [batch, N, M] dot products, or null: backward forms them again
 
+  // A block of a larger problem, batch 1: `positives` are in the block's coordinates and may lie outside it, what
+  // depends on the other blocks is given, and grad_q is added to instead of being written.
+  bool block = false;
+  int64_t row_classes = 0, col_classes = 0;
+  const float *row_share = nullptr, *col_share = nullptr;    // with labels: 1 / (positives in the whole problem), or 0
+  const float *row_weight = nullptr, *col_weight = nullptr;  // derivative of the result by a row's and a column's loss
+  float *row_stats = nullptr, *col_stats = nullptr;          // [4, N], [4, M]: maximum, shifted sum, target, total
+
   const float* grad_loss = nullptr;                                      // like loss
   float *grad_q = nullptr, *grad_k = nullptr, *grad_key_bias = nullptr;  // contiguous; written, not added to
   uint16_t *grad_q_bf16 = nullptr, *grad_k_bf16 = nullptr;  // where the features are bf16: the gradients rounded, too
@@ -103,6 +112,9 @@ int64_t contrastive_workspace(const ContrastiveCall& call, bool one_pass, int th
 
 // Softmax objective: loss, log-sum-exps and, where asked for, the dot products.
 void contrastive_forward(const ContrastiveCall& call, int threads);
+
+// Softmax objective, a block: what its rows and columns contribute to their statistics.
+void contrastive_block_statistics(const ContrastiveCall& call, int threads);
 
 // Softmax objective: gradients from the log-sum-exps.
 void contrastive_backward(const ContrastiveCall& call, int threads);

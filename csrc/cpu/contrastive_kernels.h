@@ -224,7 +224,8 @@ inline void statistics_strip(const ContrastiveProblem& p, float* strip, int64_t 
 inline void softmax_gradient_strip(const ContrastiveProblem& p, float* strip, int64_t row, int rows, ColumnBlock& b,
                                    PartSums* sums) {
   const float hard = 1.0f - p.smoothing;
-  const float row_smooth = p.smoothing / static_cast<float>(p.m), col_smooth = p.smoothing / static_cast<float>(p.n);
+  const float row_smooth = p.smoothing / static_cast<float>(p.row_classes);
+  const float col_smooth = p.smoothing / static_cast<float>(p.col_classes);
   VecF grad_scale = {};
   alignas(64) float bias_grad[kTileCols] = {};  // of this strip: a sum of sums rounds less than one long sum
   for (int i = 0; i < rows; ++i) {

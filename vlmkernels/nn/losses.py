@@ -26,7 +26,7 @@ class _ContrastiveLoss(nn.Module):
     """The options all contrastive losses share.
 
     Args:
-        group: None = this process alone; the losses refuse a process group so far.
+        group: Process group whose ranks pass their shards (see `vk.clip_loss`); None = this process alone.
         compute_dtype: Dtype of the products (accumulation stays float32); None = the features' dtype, or
             autocast's.
         backend: Passed to the op; None lets the dispatcher choose.
@@ -52,7 +52,7 @@ class ClipLoss(_ContrastiveLoss):
 
     Args:
         label_smoothing: Mass spread over all pairs of a row (ALIGN uses 0.1).
-        group: None = this process alone; the losses refuse a process group so far.
+        group: Process group whose ranks pass their shards (see `vk.clip_loss`); None = this process alone.
         compute_dtype: Dtype of the products; None = the features' dtype, or autocast's.
         backend: Passed to the op; None lets the dispatcher choose.
     """

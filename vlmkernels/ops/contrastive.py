@@ -7,10 +7,12 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vlmkernels import _native
 from vlmkernels.ops import _check, dispatch
+from vlmkernels.ops._contrastive_group import GroupLoss, group_sigmoid, group_softmax
 from vlmkernels.ops._contrastive_ops import REDUCTIONS, Arguments, one_pass_contrastive, softmax_contrastive
 from vlmkernels.ops._library import autocast_dtype
 from vlmkernels.ops.reference import contrastive as reference
@@ -41,16 +43,23 @@ def clip_loss(
         logit_scale: number or 0-d tensor, already exponentiated.
         logit_bias: number or 0-d tensor; it cancels in the softmax, so its gradient is zero.
         label_smoothing: s in [0, 1); targets are (1 - s) * one-hot + s / N.
-        group: None; process groups are not served yet.
+        group: a `torch.distributed` process group whose ranks pass their shards, [N, D] each, of any number of rows;
+            see below. None: this process alone.
         compute_dtype: dtype of the products (sums are float32); default, autocast's or the features' own.
         backend: None, "reference" or "cpu".
 
     Returns:
         Scalar, float32 (float64 for float64). NaN for N = 0. Deterministic on every backend.
 
+    With a group every rank returns the loss of the concatenated batch, and each logit is computed once in the whole
+    group. Backward differentiates the sum of the ranks' losses by the features and their mean by logit_scale and
+    logit_bias: after averaging over ranks, as DDP does, every parameter's gradient is that of the one loss. All ranks
+    call forward and backward in the same order; a rank may have no rows. A rank that dies makes the others' call raise
+    within the group's timeout. Such a call is not compiled: `torch.compile` leaves the graph for it.
+
     Raises:
-        TypeError: not tensors, not floating, or of different dtypes outside autocast.
-        ValueError: shapes differ, or label_smoothing is out of range.
+        TypeError: not tensors, not floating, or of different dtypes outside autocast; group is no process group.
+        ValueError: shapes differ between the sides or, in D, between ranks; label_smoothing is out of range.
         NotImplementedError: the named backend cannot serve the call; or second derivatives, outside the reference.
 
     Example:
@@ -67,7 +76,12 @@ def clip_loss(
     if logit_bias is not None:
         _check.scalar(op, "logit_bias", logit_bias)
     _check.probability(op, "label_smoothing", label_smoothing)
-    _refuse_group(op, group)
+    if group is not None:
+        settings = _over_group(op, group, image_features, text_features, compute, backend, label_smoothing)
+        bias = None if logit_bias is None else _as_scalar(logit_bias, image_features)
+        return group_softmax(
+            settings, image_features, text_features, _as_scalar(logit_scale, image_features), bias
+        )
     if _choose(op, image_features, text_features, compute, backend) == "reference":
         return reference.clip_loss(
             image_features,
@@ -110,7 +124,8 @@ def siglip_loss(
         text_features: [..., N, D].
         logit_scale: number or 0-d tensor, already exponentiated.
         logit_bias: number or 0-d tensor.
-        group: None; process groups are not served yet.
+        group: a `torch.distributed` process group whose ranks pass their shards, [N, D] each, as in
+            `clip_loss`; labels are compared over the whole group.
         compute_dtype: dtype of the products (sums are float32); default, autocast's or the features' own.
         backend: None, "reference" or "cpu".
 
@@ -132,7 +147,10 @@ def siglip_loss(
     _check_same_rows(op, image_features, text_features)
     _check.scalar(op, "logit_scale", logit_scale)
     _check.scalar(op, "logit_bias", logit_bias)
-    _refuse_group(op, group)
+    if group is not None:
+        settings = _over_group(op, group, image_features, text_features, compute, backend)
+        scale, bias = (_as_scalar(x, image_features) for x in (logit_scale, logit_bias))
+        return group_sigmoid(settings, image_features, text_features, scale, bias)
     if _choose(op, image_features, text_features, compute, backend) == "reference":
         return reference.siglip_loss(
             image_features, text_features, logit_scale, logit_bias, compute_dtype=compute
@@ -164,7 +182,8 @@ def multi_positive_loss(
         logit_scale: number or 0-d tensor, already exponentiated.
         image_labels: [..., N], int64; any values.
         text_labels: [..., M], int64.
-        group: None; process groups are not served yet.
+        group: a `torch.distributed` process group whose ranks pass their shards, [N, D] each, as in
+            `clip_loss`; labels are compared over the whole group.
         compute_dtype: dtype of the products (sums are float32); default, autocast's or the features' own.
         backend: None, "reference" or "cpu".
 
@@ -188,7 +207,10 @@ def multi_positive_loss(
     _check.scalar(op, "logit_scale", logit_scale)
     _check_index(op, "image_labels", image_labels, image_features)
     _check_index(op, "text_labels", text_labels, text_features)
-    _refuse_group(op, group)
+    if group is not None:
+        settings = _over_group(op, group, image_features, text_features, compute, backend)
+        scale = _as_scalar(logit_scale, image_features)
+        return group_softmax(settings, image_features, text_features, scale, None, image_labels, text_labels)
     if _choose(op, image_features, text_features, compute, backend) == "reference":
         return reference.multi_positive_loss(
             image_features, text_features, logit_scale, image_labels, text_labels, compute_dtype=compute
@@ -441,11 +463,27 @@ def _readable(x: Tensor) -> bool:
     )
 
 
-def _refuse_group(op: str, group: Any) -> None:
-    if group is not None:
-        raise NotImplementedError(
-            f"vk.{op}: group is not served yet; gather the features and pass group=None"
+def _over_group(
+    op: str,
+    group: Any,
+    left: Tensor,
+    right: Tensor,
+    compute: torch.dtype,
+    backend: str | None,
+    smoothing: float = 0.0,
+) -> GroupLoss:
+    """The loss's settings over a process group, its backend chosen."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"vk.{op}: group must be a torch.distributed process group, got {type(group).__name__}"
         )
+    if left.ndim != 2:
+        raise ValueError(
+            f"vk.{op}: with a group, features must be [N, D], got {_check.shapes(left=left, right=right)}"
+        )
+    facts = {"dtypes": (left.dtype, right.dtype), "width": left.shape[-1]}
+    name = dispatch.choose(op, dispatch.Call(left.device.type, compute, facts), backend)
+    return GroupLoss(op, group, compute, name, smoothing)
 
 
 def _choose(op: str, left: Tensor, right: Tensor, compute: torch.dtype, backend: str | None) -> str:
@@ -473,11 +511,14 @@ for _op in ("clip_loss", "siglip_loss", "multi_positive_loss", "info_nce", "line
     dispatch.register_backend(_op, "cpu", _cpu_reasons, priority=10)
 
 
-def _as_scalar(x: Tensor | float) -> Tensor:
-    # float32 whatever it was: a learned scale is a float32 parameter, and a number has no gradient to lose.
+def _as_scalar(x: Tensor | float, features: Tensor | None = None) -> Tensor:
+    # float32 whatever it was: a learned scale is a float32 parameter, and a number has no gradient to lose. Only
+    # beside float64 features, which the kernels do not take, float64.
+    wide = features is not None and features.dtype == torch.float64
+    dtype, device = torch.float64 if wide else torch.float32, None if features is None else features.device
     if isinstance(x, Tensor):
-        return x.reshape(()).to(torch.float32)
-    return torch.tensor(float(x), dtype=torch.float32)
+        return x.reshape(()).to(dtype=dtype, device=device)
+    return torch.tensor(float(x), dtype=dtype, device=device)
 
 
 def _wants_gradients(*tensors: Tensor | None) -> list[bool]:
