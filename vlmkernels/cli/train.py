@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a model on image-text pairs; without arguments: a small CLIP on the bundled emoji, with evaluation and report.
 
-One process: the losses do not take a process group yet.
+Several processes: `torchrun --nproc-per-node N -m vlmkernels train ...`; each takes its share of every epoch.
 """
 
 from __future__ import annotations
@@ -127,8 +127,12 @@ def _clock(seconds: float) -> str:
     return f"{minutes}:{rest:02d}"
 
 
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _observer() -> Observer:
-    if os.environ.get("RANK", "0") != "0":
+    if not _is_first():
         return _Silent()
     return _Bar() if sys.stderr.isatty() else _Lines()
 
@@ -166,6 +170,8 @@ def run(args: argparse.Namespace) -> int:
     with _stop_on_signal() as should_stop:
         result = train(config, observer=_observer(), should_stop=should_stop, command=command)
     minutes = (time.perf_counter() - began) / 60
+    if not _is_first():
+        return 0 if result.finished else 1
     if args.json:
         print_json(_summary(result))
     elif not result.finished:

@@ -33,6 +33,14 @@ class Processes:
         """Whether this process writes the files."""
         return self.rank == 0
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any of the processes, which all ask at the same point."""
+        if self.group is None:
+            return flag
+        flags = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        return bool(flags.item())
+
 
 def under_torchrun() -> bool:
     """Whether torchrun, or something that sets the same variables, started this process."""

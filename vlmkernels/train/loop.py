@@ -291,7 +291,7 @@ class _Run:
                 }
                 self.observer.step(self.step, shown)
                 window, window_pairs, window_began = [], 0, now
-            stopped = should_stop() and self.step < self.total
+            stopped = self.processes.any(should_stop()) and self.step < self.total
             if stopped or self.step == self.total or now - saved >= config.checkpoint_every:
                 self.seconds["training"] = before + now - began
                 self._save_checkpoint()
