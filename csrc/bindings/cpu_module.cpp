@@ -53,6 +53,7 @@ double engine_rate(const std::string& kind, int64_t m, int64_t n, int64_t depth,
 }  // namespace
 
 void bind_contrastive(py::module_& m);  // contrastive.cpp
+void bind_topk(py::module_& m);         // topk.cpp
 
 }  // namespace vk
 
@@ -75,5 +76,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("engine_rate", &vk::engine_rate, py::arg("kind"), py::arg("m"), py::arg("n"), py::arg("depth"),
         py::arg("seconds"), py::arg("threads"));
   vk::bind_contrastive(m);
+  vk::bind_topk(m);
   m.def("peak", &vk::peak, py::arg("kind"), py::arg("seconds"), py::arg("threads"));
 }

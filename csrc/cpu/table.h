@@ -7,6 +7,7 @@
 #include "core/cpu_features.h"
 #include "cpu/contrastive.h"
 #include "cpu/engine_rate.h"
+#include "cpu/topk.h"
 
 namespace vk::cpu {
 
@@ -22,6 +23,7 @@ struct KernelTable {
   float (*probe_read)(const float* data, int64_t count);  // the sum, so that every element is read
   EngineKernels engine;
   ContrastiveKernels contrastive;
+  TopkKernels topk;
 };
 
 // One accessor per file in csrc/cpu/isa/. The tables are constants: nothing of a level runs before it is chosen.

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _topk_cpu
 from .reference.quantized import quantize_rows_int8
 from .reference.topk_scan import Chunk, row_norms
 
@@ -245,6 +246,23 @@ class Snapshot:
             known, order = torch.cat([a, c]).sort()
             runs.append((known, torch.cat([b, d])[order]))
         return tuple(runs)
+
+
+def kernel_rows(snapshot: Snapshot) -> list[_topk_cpu.Rows]:
+    """The rows of a snapshot as the CPU kernels take them. Labels are ids."""
+    return [
+        _topk_cpu.Rows(
+            s.columns["codes"],
+            s.count,
+            vectors=s.columns.get("vectors"),
+            norm=s.columns["norm"],
+            scale=s.columns.get("scale"),
+            residual=s.columns.get("residual"),
+            kept=s.kept,
+            labels=s.columns["ids"],
+        )
+        for s in snapshot.segments
+    ]
 
 
 class IndexRows:

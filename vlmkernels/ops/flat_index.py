@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlatIndex: a database of vectors with exact search.
 
-What it stores lives in `_index_store.py`, the search in `reference/topk_scan.py`.
+What it stores lives in `_index_store.py`; it is searched by the CPU kernels (`_topk_cpu.py`) where the rows are on the
+CPU and the extension is there, else by the reference (`reference/topk_scan.py`). The answers are the same.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import _check
-from ._index_store import STORAGE_DTYPES, IndexRows, Layout, Snapshot, read_file, write_file
+from vlmkernels import _native
+
+from . import _check, _topk_cpu
+from ._index_store import STORAGE_DTYPES, IndexRows, Layout, Snapshot, kernel_rows, read_file, write_file
+from ._topk_cpu import Stats
 from .reference.topk_scan import scan_range, scan_topk
 
 if TYPE_CHECKING:
@@ -243,21 +247,48 @@ class FlatIndex:
             TypeError: queries are not floating, k is no int, the filter is neither bool nor integer.
             ValueError: shapes that do not fit, k < 1.
         """
+        scores, ids, _ = self._search(queries, k, filter)
+        return scores, ids
+
+    def search_with_stats(
+        self, queries: ArrayLike, k: int, filter: ArrayLike | Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Stats]:
+        """As `search`, with what the search had to do: how many rows the bounds left to be scored exactly.
+
+        Args:
+            queries, k, filter: as in `search`.
+
+        Returns:
+            `(scores, ids, stats)`: `stats.rescored` counts exactly scored rows over all queries, `stats.widened` the
+            queries for which the codes left so many that the scan was repeated on the float32 vectors. Both are -1
+            where the kernels did not serve the call.
+        """
+        scores, ids, stats = self._search(queries, k, filter)
+        return scores, ids, Stats(-1, -1) if stats is None else Stats(*stats.tolist())
+
+    def _search(
+        self, queries: ArrayLike, k: int, filter: ArrayLike | Sequence[int] | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         op = "FlatIndex.search"
         snapshot = self._snapshot
         wanted = self._vectors(op, "queries", queries).to(snapshot.device)
         _check.count(op, "k", k, 1)
-        positions, mask = None, None
+        allowed, mask = None, None
         if filter is not None:
-            allowed = _array(op, "filter", filter).to(snapshot.device)
-            if allowed.dtype == torch.bool:
-                _check.allowed_rows(op, "filter", allowed, wanted.shape[0], snapshot.count)
-                mask = allowed if allowed.ndim == 2 else None
-                positions = allowed.nonzero().squeeze(1) if allowed.ndim == 1 else None
+            given = _array(op, "filter", filter).to(snapshot.device)
+            if given.dtype == torch.bool:
+                _check.allowed_rows(op, "filter", given, wanted.shape[0], snapshot.count)
+                allowed, mask = (given, None) if given.ndim == 1 else (None, given)
             else:
-                found = snapshot.find(_as_ids(op, "filter", allowed))
-                positions = found[found >= 0].unique()
-        return scan_topk(wanted, IndexRows(snapshot, positions), k, self._metric, mask=mask)
+                found = snapshot.find(_as_ids(op, "filter", given))
+                allowed = torch.zeros(snapshot.count, dtype=torch.bool, device=snapshot.device)
+                allowed[found[found >= 0]] = True
+        if _kernels_serve(snapshot):
+            rows = kernel_rows(snapshot)
+            return _topk_cpu.search(op, wanted, rows, k, self._metric, allowed=allowed, mask=mask)
+        positions = None if allowed is None else allowed.nonzero().squeeze(1)
+        scores, ids = scan_topk(wanted, IndexRows(snapshot, positions), k, self._metric, mask=mask)
+        return scores, ids, None
 
     def range_search(self, queries: ArrayLike, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
         """Every vector whose score is at least a threshold.
@@ -280,6 +311,8 @@ class FlatIndex:
         _check.number(op, "threshold", threshold)
         if math.isnan(threshold):
             raise ValueError(f"vk.{op}: threshold must be a number, got {threshold}")
+        if _kernels_serve(snapshot):
+            return _topk_cpu.range_search(op, wanted, kernel_rows(snapshot), float(threshold), self._metric)
         return scan_range(wanted, IndexRows(snapshot), threshold, self._metric)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -334,6 +367,10 @@ class FlatIndex:
 
     def _ids(self, op: str, value: Any) -> Tensor:
         return _as_ids(op, "ids", _array(op, "ids", value))
+
+
+def _kernels_serve(snapshot: Snapshot) -> bool:
+    return snapshot.device.type == "cpu" and _native.cpu_reason is None
 
 
 def _full_device(device: torch.device | str) -> torch.device:

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _check, dispatch
+from vlmkernels import _native
+
+from . import _check, _topk_cpu, dispatch
 from ._library import differentiate, follow_autocast, like_inputs, register_op
 from .reference import topk as reference
 
 # Logits that the reference keeps for its gradient are worth a warning from here on.
 _WARN_BYTES = 16 * 2**20
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def topk_similarity(
@@ -145,7 +148,8 @@ def zero_shot(
         logit_scale = torch.full((), logit_scale, dtype=dtype, device=image_features.device)
     n, c, width = image_features.shape[0], class_features.shape[0], image_features.shape[1]
     prompts = class_features.shape[1] if class_features.ndim == 3 else 0
-    facts = {"n": n, "c": c, "width": width, "k": k, "prompts": prompts}
+    scale_kind = (logit_scale.device, logit_scale.dtype)
+    facts = {"n": n, "c": c, "width": width, "k": k, "prompts": prompts, "logit_scale": scale_kind}
     keeps = torch.is_grad_enabled() and any(
         x.requires_grad for x in (image_features, class_features, logit_scale)
     )
@@ -159,6 +163,24 @@ def zero_shot(
     else:
         probabilities, lse, indices = zero_shot_op(image_features, class_features, logit_scale, k, chosen)
     return probabilities, indices, lse
+
+
+def _cpu_reasons(call: dispatch.Call) -> list[str]:
+    reasons = []
+    if _native.cpu_reason is not None:
+        reasons.append(_native.cpu_reason)
+    if call.device != "cpu":
+        reasons.append(f"it serves cpu tensors, not {call.device}")
+    if call.dtype not in _KERNEL_DTYPES:
+        reasons.append(f"features must be float32 or bfloat16, not {call.dtype}")
+    scale = call.facts.get("logit_scale")
+    if scale is not None and scale != (torch.device("cpu"), torch.float32):
+        reasons.append(f"logit_scale must be float32 on the cpu, got {scale[1]} on {scale[0]}")
+    return reasons
+
+
+for _op in ("topk_similarity", "zero_shot"):
+    dispatch.register_backend(_op, "cpu", _cpu_reasons, priority=10)
 
 
 # vlmkernels::topk_similarity
@@ -175,6 +197,14 @@ def _topk_fake(
 def _topk_impl(
     queries: Tensor, database: Tensor, k: int, metric: str, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
+    if backend == "cpu":
+        shared = mask if mask is not None and mask.ndim == 1 else None
+        each = mask if mask is not None and mask.ndim == 2 else None
+        rows = [_topk_cpu.Rows(database, database.shape[0])]
+        scores, indices, _ = _topk_cpu.search(
+            "topk_similarity", queries, rows, k, metric, allowed=shared, mask=each
+        )
+        return scores, indices
     return reference.topk_similarity(queries.detach(), database.detach(), k, metric, mask)
 
 
@@ -261,6 +291,8 @@ def _zero_shot_fake(
 def _zero_shot_impl(
     image_features: Tensor, class_features: Tensor, logit_scale: Tensor, k: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "cpu":
+        return _topk_cpu.zero_shot(image_features, class_features, logit_scale, k)
     return reference.zero_shot(image_features, class_features, logit_scale, k)
 
 

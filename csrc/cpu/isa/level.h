@@ -6,6 +6,7 @@
 #include "cpu/contrastive_kernels.h"
 #include "cpu/probe.h"
 #include "cpu/table.h"
+#include "cpu/topk_kernels.h"
 #include "engine/pass.h"
 
 namespace vk::cpu::VK_ISA_NAMESPACE {
@@ -18,6 +19,7 @@ inline constexpr KernelTable kTable = {
     .probe_read = probe_read,
     .engine = kEngine,
     .contrastive = {contrastive_statistics_part, contrastive_gradients_part},
+    .topk = kTopk,
 };
 
 }  // namespace vk::cpu::VK_ISA_NAMESPACE

@@ -1,0 +1,359 @@
+// SPDX-License-Identifier: Apache-2.0
+// What decides a top-k result: exact scores in the order of `tree_sum`. And the queries, prepared for a scan.
+//
+// tree_sum: while more than one term is left, with h the largest power of two below their number, term i + h is added
+// to term i. Products of float32 numbers are exact in float64, so only the squares of "l2", whose factors may be
+// rounded, must be kept from being fused into the addition that follows.
+#pragma once
+
+#include "cpu/topk.h"
+#include "engine/pack.h"
+
+namespace vk::cpu::VK_ISA_NAMESPACE {
+
+inline constexpr int kDoubles = kLanes / 2;
+typedef double VecD __attribute__((vector_size(VK_VECTOR_BYTES)));
+typedef double VecDUnaligned __attribute__((vector_size(VK_VECTOR_BYTES), aligned(8), may_alias));
+typedef float HalfF __attribute__((vector_size(VK_VECTOR_BYTES / 2), aligned(4), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+
+inline constexpr double kNormFloorSquare = 0x1.357c299a88ea7p-80;  // 1e-12 squared, as the reference rounds it
+
+inline VecD load_doubles(const double* p) { return *reinterpret_cast<const VecDUnaligned*>(p); }
+inline void store_doubles(double* p, VecD v) { *reinterpret_cast<VecDUnaligned*>(p) = v; }
+inline VecD widen(const float* p) { return __builtin_convertvector(*reinterpret_cast<const HalfF*>(p), VecD); }
+inline VecF from_bytes(const int8_t* p) {
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(p), VecI), VecF);
+}
+
+// A value that the compiler may not fuse with what is done to it next.
+template <class T>
+inline T rounded(T x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#else
+  __asm__("" : "+m"(x));
+#endif
+  return x;
+}
+
+struct ProductTerms {
+  const double* q;
+  const float* x;
+  double one(int64_t i) const { return q[i] * static_cast<double>(x[i]); }
+  VecD many(int64_t i) const { return load_doubles(q + i) * widen(x + i); }
+};
+
+struct SquareTerms {
+  const float* x;
+  double one(int64_t i) const { return static_cast<double>(x[i]) * static_cast<double>(x[i]); }
+  VecD many(int64_t i) const {
+    const VecD v = widen(x + i);
+    return v * v;
+  }
+};
+
+struct DistanceTerms {
+  const double* q;
+  const float* x;
+  double one(int64_t i) const {
+    const double d = q[i] - static_cast<double>(x[i]);
+    return rounded(d * d);
+  }
+  VecD many(int64_t i) const {
+    const VecD d = load_doubles(q + i) - widen(x + i);
+    return rounded(d * d);
+  }
+};
+
+// `work`: as many numbers as the largest power of two below d.
+template <class Terms>
+double tree_sum(const Terms& terms, int64_t d, double* work) {
+  if (d <= 1) return d == 0 ? 0.0 : terms.one(0);
+  int64_t half = 1;
+  while (2 * half < d) half *= 2;
+  const int64_t folded = d - half;
+  int64_t i = 0;
+  if (folded == half && half >= 4 * kDoubles) {
+    // A power of two: three levels at once, in registers.
+    half /= 4;
+    for (; i < half; i += kDoubles) {
+      const VecD a = terms.many(i) + terms.many(i + 4 * half), b = terms.many(i + 2 * half) + terms.many(i + 6 * half);
+      const VecD c = terms.many(i + half) + terms.many(i + 5 * half);
+      const VecD e = terms.many(i + 3 * half) + terms.many(i + 7 * half);
+      store_doubles(work + i, (a + b) + (c + e));
+    }
+  } else {
+    for (; i + kDoubles <= folded; i += kDoubles) store_doubles(work + i, terms.many(i) + terms.many(i + half));
+    for (; i < folded; ++i) work[i] = terms.one(i) + terms.one(i + half);
+    for (; i + kDoubles <= half; i += kDoubles) store_doubles(work + i, terms.many(i));
+    for (; i < half; ++i) work[i] = terms.one(i);
+  }
+  while (half > kDoubles) {
+    half /= 2;
+    for (i = 0; i < half; i += kDoubles)
+      store_doubles(work + i, load_doubles(work + i) + load_doubles(work + i + half));
+  }
+  while (half > 1) {
+    half /= 2;
+    for (i = 0; i < half; ++i) work[i] += work[i + half];
+  }
+  return work[0];
+}
+
+inline double floored_norm(double square) {
+  // A NaN passes: the comparison is false.
+  return __builtin_sqrt(square < kNormFloorSquare ? kNormFloorSquare : square);
+}
+
+// A row as float32, in place where it lies so, else in `buffer` [d].
+inline const float* float_row(const Matrix& m, const float* scale, int64_t row, int64_t d, float* buffer) {
+  if (m.dtype == Dtype::kF32 && m.col_stride == 1) return static_cast<const float*>(m.data) + row * m.row_stride;
+  if (m.dtype == Dtype::kI8) {
+    const int8_t* codes = static_cast<const int8_t*>(m.data) + row * m.row_stride;
+    for (int64_t i = 0; i < d; ++i) buffer[i] = static_cast<float>(codes[i * m.col_stride]) * scale[row];
+    return buffer;
+  }
+  for (int64_t i = 0; i < d; i += kLanes) {
+    const int count = static_cast<int>(d - i < kLanes ? d - i : kLanes);
+    store_first(buffer + i, load_row(m, row, i, count), count);
+  }
+  return buffer;
+}
+
+// Brings a row that will be scored soon closer. Only a hint: nothing is read.
+inline void prefetch_row(const Matrix& m, int64_t row, int64_t d) {
+  if (m.col_stride != 1) return;
+  const int64_t size = m.dtype == Dtype::kF32 ? 4 : m.dtype == Dtype::kBF16 ? 2 : 1;
+  const char* at = static_cast<const char*>(m.data) + row * m.row_stride * size;
+  for (int64_t i = 0; i < d * size && i < 4096; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
+inline void exact_scores(const TopkScan& s, int64_t query, TopkEntry* entries, int64_t count, char* scratch) {
+  auto* work = reinterpret_cast<double*>(scratch);
+  auto* buffer = reinterpret_cast<float*>(work + round_up(s.d, 16));
+  const double* q = s.queries.exact + query * s.d;
+  auto stored = [](const TopkSegment& segment) -> const Matrix& {
+    return segment.vectors.data ? segment.vectors : segment.codes;
+  };
+  constexpr int64_t kAhead = 2;
+  for (int64_t e = 0; e < count; ++e) {
+    if (e + kAhead < count && !entries[e + kAhead].scored)
+      prefetch_row(stored(s.segments[entries[e + kAhead].segment]), entries[e + kAhead].row, s.d);
+    TopkEntry& entry = entries[e];
+    if (entry.scored) continue;
+    const TopkSegment& segment = s.segments[entry.segment];
+    const float* x = float_row(stored(segment), segment.scale, entry.row, s.d, buffer);
+    double score;
+    if (s.metric == Metric::kL2) {
+      score = 0.0 - tree_sum(DistanceTerms{q, x}, s.d, work);
+    } else {
+      score = tree_sum(ProductTerms{q, x}, s.d, work);
+      if (s.metric == Metric::kCosine)
+        score = score / (s.queries.exact_norm[query] * floored_norm(tree_sum(SquareTerms{x}, s.d, work)));
+    }
+    entry.score = static_cast<float>(score);
+    entry.scored = 1;
+  }
+}
+
+// The mean of normalised prompts, summed by `tree_sum` over the prompts.
+inline void mean_of_prompts(const Matrix& prompts, int64_t prompt_count, int64_t d, int64_t begin, int64_t end,
+                            float* out, char* scratch) {
+  auto* work = reinterpret_cast<double*>(scratch);
+  double* units = work + round_up(d, 16);
+  auto* buffer = reinterpret_cast<float*>(units + prompt_count * d);
+  for (int64_t c = begin; c < end; ++c) {
+    for (int64_t p = 0; p < prompt_count; ++p) {
+      const float* x = float_row(prompts, nullptr, c * prompt_count + p, d, buffer);
+      const double norm = floored_norm(tree_sum(SquareTerms{x}, d, work));
+      for (int64_t i = 0; i < d; ++i) units[p * d + i] = static_cast<double>(x[i]) / norm;
+    }
+    int64_t count = prompt_count;
+    while (count > 1) {
+      int64_t half = 1;
+      while (2 * half < count) half *= 2;
+      for (int64_t i = 0; i < (count - half) * d; ++i) units[i] += units[half * d + i];
+      count = half;
+    }
+    for (int64_t i = 0; i < d; ++i) out[c * d + i] = static_cast<float>(units[i] / static_cast<double>(prompt_count));
+  }
+}
+
+// +1 or -1, the same in ops/_index_store.py.
+inline float rotation_sign(uint32_t i, uint32_t pass) {
+  uint32_t h = (i + 1) * 2654435761u + pass * 40503u;
+  h ^= h >> 15;
+  h *= 2246822519u;
+  h ^= h >> 13;
+  return (h & 1u) ? -1.0f : 1.0f;
+}
+
+inline void hadamard(float* x, int64_t n) {
+  for (int64_t h = 1; h < n; h *= 2) {
+    if (h < kLanes) {
+      for (int64_t i = 0; i < n; i += 2 * h) {
+        for (int64_t j = i; j < i + h; ++j) {
+          const float a = x[j], b = x[j + h];
+          x[j] = a + b;
+          x[j + h] = a - b;
+        }
+      }
+    } else {
+      for (int64_t i = 0; i < n; i += 2 * h) {
+        for (int64_t j = i; j < i + h; j += kLanes) {
+          const VecF a = load(x + j), b = load(x + j + h);
+          store(x + j, a + b);
+          store(x + j + h, a - b);
+        }
+      }
+    }
+  }
+}
+
+// An orthogonal map that spreads what a few dimensions hold over all: signs and a Hadamard transform of the first 2^p
+// dimensions, then of the last 2^p. Rows and queries go through the same one, so products stay.
+inline void rotate(float* x, int64_t d) {
+  int64_t n = 1;
+  while (2 * n <= d) n *= 2;
+  const float norm = static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(n)));
+  for (uint32_t pass = 0; pass < (n == d ? 1u : 2u); ++pass) {
+    float* from = pass == 0 ? x : x + d - n;
+    for (int64_t i = 0; i < n; ++i) from[i] *= rotation_sign(static_cast<uint32_t>(i), pass) * norm;
+    hadamard(from, n);
+  }
+}
+
+#if defined(__AVX512VNNI__)
+inline constexpr bool kSplitQueries = true;
+#else
+inline constexpr bool kSplitQueries = false;
+#endif
+
+inline float round_half_even(float x) {
+  // |x| is below 2^22: adding and taking off 1.5 * 2^23 leaves the nearest integer.
+  constexpr float kRound = 12582912.0f;
+  return rounded(x + kRound) - kRound;
+}
+
+// Rows [begin, begin + kRows) of int8 queries as a left panel, which VNNI wants unsigned.
+inline void pack_left_bytes(const int8_t* codes, int64_t pitch, int rows, int64_t units, uint32_t* out) {
+  constexpr int kGroup = OpI8::kDepthPerUnit;
+  for (int64_t unit = 0; unit < units; ++unit) {
+    for (int r = 0; r < kRows; ++r) {
+      uint32_t packed = 0;
+      for (int e = 0; e < kGroup; ++e) {
+        const int code = (r < rows ? codes[r * pitch + unit * kGroup + e] : 0) + OpI8::kLeftOffset;
+        packed |= kGroup == 4 ? static_cast<uint32_t>(code & 0xff) << (8 * e)
+                              : static_cast<uint32_t>(code & 0xffff) << (16 * (e & 1));
+      }
+      out[unit * kRows + r] = packed;
+    }
+  }
+}
+
+// One query: what the scan multiplies, and the numbers that its bounds need.
+inline void prepare_query(const TopkScan& s, int64_t i, float* row, double* work) {
+  const TopkQueries& out = s.queries;
+  const int64_t d = s.d, pitch = out.pitch;
+  for (int64_t j = 0; j < d; j += kLanes) {
+    const int count = static_cast<int>(d - j < kLanes ? d - j : kLanes);
+    store(row + j, load_row(s.q, s.query_row(i), j, count));
+  }
+  double square = 0.0, towards_centre = 0.0;
+  for (int64_t j = 0; j < d; ++j) {
+    const double x = static_cast<double>(row[j]);
+    out.exact[i * d + j] = x;
+    square += x * x;
+    if (s.rotated) towards_centre += x * static_cast<double>(s.centre[j]);
+  }
+  const double norm = __builtin_sqrt(square);
+  const bool finite = norm < __builtin_inf();
+  const double unit = norm > 0.0 && finite ? norm : 1.0;
+  out.norm[i] = norm;
+  if (s.metric == Metric::kCosine) out.exact_norm[i] = floored_norm(tree_sum(SquareTerms{row}, d, work));
+  // A power of two brings the query near norm 1 without rounding it.
+  const double power = __builtin_ldexp(1.0, -__builtin_ilogb(unit));
+  for (int64_t j = 0; j < round_up(d, kLanes); ++j)
+    row[j] = finite && j < d ? static_cast<float>(out.exact[i * d + j] * power) : 0.0f;
+  if (s.rotated) rotate(row, d);
+
+  double factor = 1.0 / (unit * power), error = 0.0;
+  float largest = 0.0f;
+  for (int64_t j = 0; j < d; ++j) {
+    const float a = row[j] < 0.0f ? -row[j] : row[j];
+    largest = a > largest ? a : largest;
+  }
+  if (s.codes == Dtype::kI8 && !(s.stream && !kSplitQueries)) {
+    // As one byte per element, or as two: v = 256 high + low.
+    const float limit = s.stream ? 32000.0f : 127.0f;
+    const float step = largest > 0.0f ? largest / limit : 1.0f;
+    int32_t high_sum = 0, low_sum = 0;
+    for (int64_t j = 0; j < pitch; ++j) {
+      const float ratio = j < d ? row[j] / step : 0.0f;
+      const auto v = static_cast<int32_t>(round_half_even(ratio));
+      const double off = j < d ? static_cast<double>(row[j]) - static_cast<double>(step) * v : 0.0;
+      error += off * off;
+      const int32_t high = s.stream ? (v + 128) >> 8 : v, low = s.stream ? v - 256 * high : 0;
+      out.high[i * pitch + j] = static_cast<int8_t>(high);
+      high_sum += high;
+      low_sum += low;
+      if (s.stream) out.low[i * pitch + j] = static_cast<int8_t>(low);
+    }
+    out.high_sum[i] = 128 * high_sum;
+    out.low_sum[i] = 128 * low_sum;
+    error = __builtin_sqrt(error) * factor;
+    factor *= static_cast<double>(step);
+  } else {
+    for (int64_t j = 0; j < pitch; ++j) {
+      float x = j < d ? row[j] : 0.0f;
+      if (s.codes == Dtype::kBF16 && !s.stream) {
+        const uint32_t bits = to_bf16_bits(splat(x))[0] << 16;
+        float near;
+        std::memcpy(&near, &bits, sizeof near);
+        const double off = static_cast<double>(x) - static_cast<double>(near);
+        error += off * off;
+        x = near;
+      }
+      out.wide[i * pitch + j] = x;
+    }
+    error = __builtin_sqrt(error) * factor;
+  }
+  // What rounding scores to float32 may cost where they are denormal, and for "l2" what |q|^2 adds to the error.
+  const double floor = __builtin_sqrt(kNormFloorSquare);
+  double slack = 1e-37 * (s.metric == Metric::kCosine && unit < floor ? floor : 1.0) / unit;
+  if (s.metric == Metric::kL2) slack += static_cast<double>(s.eta) * norm;
+  const double centre = towards_centre / unit;
+  out.centre[i] = centre;
+  out.factor[i] = finite ? static_cast<float>(factor) : __builtin_nanf("");
+  out.shift[i] = s.metric == Metric::kL2 ? static_cast<float>(1.0 / unit) : static_cast<float>(centre);
+  out.loose[i] = static_cast<float>(error * (1.0 + 1e-5));
+  out.slack[i] = static_cast<float>(slack * (1.0 + 1e-5));
+}
+
+inline void prepare_queries(const TopkScan& s, int64_t begin, int64_t end, char* scratch) {
+  auto* work = reinterpret_cast<double*>(scratch);
+  auto* row = reinterpret_cast<float*>(work + round_up(s.d, 16));
+  const TopkQueries& out = s.queries;
+  for (int64_t i = begin; i < end; ++i) prepare_query(s, i, row, work);
+  if (s.stream) return;
+  const int64_t d = s.d;
+  const Matrix wide{out.wide, Dtype::kF32, out.pitch, 1};
+  for (int64_t i = begin; i < end; i += kRows) {
+    const int64_t rows = end - i < kRows ? end - i : kRows;
+    if (s.codes == Dtype::kI8) {
+      const int64_t units = ceil_div(d, OpI8::kDepthPerUnit);
+      pack_left_bytes(out.high + i * out.pitch, out.pitch, static_cast<int>(rows), units, out.left + i * units);
+    } else if (s.codes == Dtype::kBF16) {
+      pack_depth_in_row<OpBF16, kRows>(wide, i, rows, d, out.left + i * ceil_div(d, OpBF16::kDepthPerUnit));
+    } else {
+      pack_depth_in_row<OpF32, kRows>(wide, i, rows, d, out.left + i * d);
+    }
+  }
+}
+
+}  // namespace vk::cpu::VK_ISA_NAMESPACE
