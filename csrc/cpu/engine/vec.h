@@ -127,6 +127,9 @@ inline HalfWords to_bf16(VecF x) {
 #endif
 }
 
+// The same, in the low half of each lane.
+inline VecU to_bf16_bits(VecF x) { return __builtin_convertvector(to_bf16(x), VecU); }
+
 // Two registers of consecutive values as one of bf16, in their order.
 inline VecU to_bf16_row(VecF first, VecF second) {
 #if defined(__AVX512BF16__)
