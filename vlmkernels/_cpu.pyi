@@ -81,6 +81,29 @@ class RangeResult:
     def count(self) -> int: ...
     def copy(self, lims: int, scores: int, labels: int) -> None: ...
 
+class LinearCall:
+    def __init__(
+        self,
+        kind: int,
+        x: tuple[int, int, int, int, int, int],
+        m: int,
+        n: int,
+        k: int,
+        group: int,
+        packed: int,
+        bias: int,
+        bias_dtype: int,
+        bias_stride: int,
+        activation: int,
+        residual: tuple[int, int, int, int, int, int],
+        out: int,
+        out_dtype: int,
+        input_scale: int,
+        scale_dtype: int,
+    ) -> None: ...
+    def set_weight(self, weight: tuple[int, int, int, int]) -> None: ...
+    def workspace(self, threads: int) -> int: ...
+
 def isa() -> str: ...
 def isa_levels() -> list[str]: ...
 def cpu_brand() -> str: ...
@@ -107,3 +130,16 @@ def class_vectors(
     workspace: int,
     threads: int,
 ) -> None: ...
+def packed_weight_bytes(kind: int, n: int, k: int, group: int) -> int: ...
+def pack_weight(
+    kind: int,
+    codes: tuple[int, int, int, int],
+    scale: int,
+    zero_point: int,
+    n: int,
+    k: int,
+    group: int,
+    packed: int,
+    threads: int,
+) -> None: ...
+def linear_forward(call: LinearCall, workspace: int, threads: int) -> None: ...

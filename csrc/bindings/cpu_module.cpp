@@ -54,6 +54,7 @@ double engine_rate(const std::string& kind, int64_t m, int64_t n, int64_t depth,
 
 void bind_contrastive(py::module_& m);  // contrastive.cpp
 void bind_topk(py::module_& m);         // topk.cpp
+void bind_quantized(py::module_& m);    // quantized.cpp
 
 }  // namespace vk
 
@@ -77,5 +78,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         py::arg("seconds"), py::arg("threads"));
   vk::bind_contrastive(m);
   vk::bind_topk(m);
+  vk::bind_quantized(m);
   m.def("peak", &vk::peak, py::arg("kind"), py::arg("seconds"), py::arg("threads"));
 }

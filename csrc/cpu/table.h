@@ -7,6 +7,7 @@
 #include "core/cpu_features.h"
 #include "cpu/contrastive.h"
 #include "cpu/engine_rate.h"
+#include "cpu/quantized.h"
 #include "cpu/topk.h"
 
 namespace vk::cpu {
@@ -24,6 +25,7 @@ struct KernelTable {
   EngineKernels engine;
   ContrastiveKernels contrastive;
   TopkKernels topk;
+  QuantizedKernels quantized;
 };
 
 // One accessor per file in csrc/cpu/isa/. The tables are constants: nothing of a level runs before it is chosen.

@@ -44,11 +44,6 @@ inline uint32_t lane_bits(VecI condition) {
 #endif
 }
 
-inline int32_t reduce_ints(VecI v) {
-  for (int d = kLanes / 2; d > 0; d /= 2) v += (VecI)swap_halves((VecF)v, d, std::make_integer_sequence<int, kLanes>{});
-  return v[0];
-}
-
 // Norm of a row to within D u: in float32, and again in float64 where squares may have left the range.
 inline float norm_of_square(const Matrix& m, int64_t row, int64_t d, float square) {
   if (square > 1e-24f && square < 1e36f) return __builtin_sqrtf(square);

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmkernels.ops import _check
+from vlmkernels import _native
+from vlmkernels.ops import _check, _linear_cpu
 from vlmkernels.ops._library import differentiate, like_inputs, register_op
-from vlmkernels.ops.dispatch import Call, choose
+from vlmkernels.ops.dispatch import Call, choose, register_backend
 from vlmkernels.ops.linear import operands_under_autocast
 from vlmkernels.ops.reference import quantized as reference
 from vlmkernels.ops.reference.linear import output_dtype
@@ -257,6 +259,9 @@ def quantized_linear(
         "scheme": qweight.scheme,
         "group_size": qweight.group_size,
         "activation": activation,
+        "x_dtype": x.dtype,
+        "result_dtype": output_dtype(x, residual),
+        "scale_dtype": None if input_scale is None else input_scale.dtype,
     }
     name = choose(op, Call(x.device.type, x.dtype, facts), backend)
     if name == "reference":
@@ -338,6 +343,25 @@ def _quantized_impl(
     activation: str | None,
     backend: str,
 ) -> Tensor:
+    if backend == "cpu":
+        if packed is None:  # made where its data could not be read, under a FakeTensorMode for example
+            packed = _linear_cpu.pack(scheme, weight_q, scale, zero_point)
+        n, k = weight_q.shape[0], x.shape[-1]
+        groups = 0 if zero_point is None else zero_point.shape[1]
+        return _linear_cpu.forward(
+            "quantized_linear",
+            _linear_cpu.KINDS[scheme],
+            x,
+            (n, k),
+            k // groups if groups else 0,
+            packed,
+            None,
+            bias,
+            activation,
+            residual,
+            input_scale,
+            x.new_empty((*x.shape[:-1], n), dtype=output_dtype(x, residual)),
+        )
     return reference.quantized_linear(
         x,
         weight_q,
@@ -440,3 +464,8 @@ _quantized_linear = register_op(
     setup_context=_quantized_setup,
     backward=_quantized_grad,
 )
+
+register_backend("quantized_linear", "cpu", _linear_cpu.quantized_reasons, priority=10)
+if _native.cpu_reason is None:
+    for _scheme in _linear_cpu.KINDS:
+        register_packing("cpu", "cpu", _scheme, functools.partial(_linear_cpu.pack, _scheme))

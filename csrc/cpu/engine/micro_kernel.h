@@ -23,6 +23,7 @@ inline constexpr int kCols = kVecs * kLanes;
 struct OpF32 {
   using Accumulator = VecF;
   using Element = float;
+  static constexpr bool kIntegers = false;
   static constexpr int kDepthPerUnit = 1;
   static VecF mac(VecF c, uint32_t a, VecU b) {
     float x;
@@ -34,6 +35,7 @@ struct OpF32 {
 struct OpBF16 {
   using Accumulator = VecF;
   using Element = float;
+  static constexpr bool kIntegers = false;
   static constexpr int kDepthPerUnit = 2;
   static VecF mac(VecF c, uint32_t a, VecU b) {
 #if defined(__AVX512BF16__)
@@ -56,6 +58,7 @@ struct OpBF16 {
 struct OpI8 {
   using Accumulator = VecI;
   using Element = int32_t;
+  static constexpr bool kIntegers = true;
 #if defined(__AVX512VNNI__)
   static constexpr int kDepthPerUnit = 4;
   static constexpr int kLeftOffset = 128;

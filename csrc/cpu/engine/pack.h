@@ -92,6 +92,24 @@ inline void transpose(VecU (&v)[kLanes]) {
   }
 }
 
+// Kernel rows, one register of consecutive units each, as a piece of a left panel: `count` (<= kLanes) times kRows
+// units. Transposes squares of kRows lanes, which is cheaper than whole registers.
+inline void store_left_panel(VecU (&v)[kRows], int count, uint32_t* out) {
+#pragma GCC unroll 4
+  for (int d = 1; d < kRows; d *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      if ((i & d) == 0) butterfly(v[i], v[i + d], d, std::make_integer_sequence<int, kLanes>{});
+    }
+  }
+  for (int first = 0; first < kLanes; first += kRows) {
+    for (int i = 0; i < kRows && first + i < count; ++i)
+      std::memcpy(out + (first + i) * kRows,
+                  reinterpret_cast<const char*>(&v[i]) + sizeof(uint32_t) * static_cast<size_t>(first),
+                  sizeof(uint32_t) * kRows);
+  }
+}
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

@@ -76,6 +76,11 @@ inline float reduce_add(VecF v) {
   return v[0];
 }
 
+inline int32_t reduce_ints(VecI v) {
+  for (int d = kLanes / 2; d > 0; d /= 2) v += (VecI)swap_halves((VecF)v, d, std::make_integer_sequence<int, kLanes>{});
+  return v[0];
+}
+
 inline float reduce_max(VecF v) {
   for (int d = kLanes / 2; d > 0; d /= 2) v = max_keep(v, swap_halves(v, d, std::make_integer_sequence<int, kLanes>{}));
   return v[0];

@@ -8,6 +8,7 @@
 #include "cpu/table.h"
 #include "cpu/topk_kernels.h"
 #include "engine/pass.h"
+#include "quantized_kernels.h"
 
 namespace vk::cpu::VK_ISA_NAMESPACE {
 
@@ -20,6 +21,7 @@ inline constexpr KernelTable kTable = {
     .engine = kEngine,
     .contrastive = {contrastive_statistics_part, contrastive_gradients_part},
     .topk = kTopk,
+    .quantized = kQuantized,
 };
 
 }  // namespace vk::cpu::VK_ISA_NAMESPACE

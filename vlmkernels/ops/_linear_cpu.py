@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How linear layers, quantized and float, reach the kernels of `_cpu`: what they serve, packed weights, one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmkernels import _native
+from vlmkernels.ops import _check
+from vlmkernels.ops.dispatch import Call
+
+#: Numbers of `vk::cpu::WeightKind` in csrc/cpu/quantized.h.
+KINDS = {"w8a8": 0, "w8a16": 1, "w4a16": 2, "bf16": 3}
+FLOAT32_KIND = 4
+
+#: Longest rows whose int8 products cannot leave 32 bits: 127 * 128 * LARGEST_K < 2**31.
+LARGEST_K = 131072
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_ACTIVATIONS = {name: number for number, name in enumerate(_check.ACTIVATIONS)}
+_ALIGNMENT = 64
+_NOTHING = (0, 0, 1, 0, 0, 1)
+
+
+def reasons(call: Call) -> list[str]:
+    """Why the CPU kernels cannot serve a linear layer; shared by `vk.linear` and `vk.quantized_linear`."""
+    found = []
+    if _native.cpu_reason is not None:
+        found.append(f"vlmkernels._cpu is not available: {_native.cpu_reason}")
+    if call.device != "cpu":
+        found.append(f"it serves cpu tensors, not {call.device}")
+    for name in ("x_dtype", "result_dtype"):
+        if call.facts[name] not in _DTYPES:
+            what = "x" if name == "x_dtype" else "the result"
+            found.append(f"it serves float32 and bfloat16, and {what} is {call.facts[name]}")
+            break
+    return found
+
+
+def quantized_reasons(call: Call) -> list[str]:
+    """Why the CPU kernels cannot serve a quantized linear layer."""
+    found = reasons(call)
+    scheme = call.facts["scheme"]
+    if scheme not in KINDS:
+        found.append(f"{scheme!r} is what GPUs multiply; no kernel here does")
+    if scheme == "w8a8" and call.facts["inputs"] > LARGEST_K:
+        found.append(f"sums of more than {LARGEST_K} int8 products may leave 32 bits")
+    if call.facts["scale_dtype"] == torch.float16:
+        found.append("it does not read float16 input scales")
+    return found
+
+
+def pack(scheme: str, weight_q: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor | None:
+    """The layout that the kernels of this process's instruction set read; None where there is no data to read."""
+    if not _check.readable(weight_q):
+        return None
+    n = weight_q.shape[0]
+    k = weight_q.shape[1] * (2 if scheme == "w4a16" else 1)
+    group = 0
+    if zero_point is not None and scale is not None:
+        group = k // scale.shape[1] if scale.shape[1] else _check.GROUP_SIZES[0]
+    kind = KINDS[scheme]
+    packed = torch.empty(_native.cpu.packed_weight_bytes(kind, n, k, group), dtype=torch.uint8)
+    scale = None if scale is None else scale.contiguous()
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    addresses = _native.address(scale), _native.address(zero_point)
+    _native.call(
+        "quantize_weight",
+        _native.cpu.pack_weight,
+        kind,
+        _matrix(weight_q),
+        *addresses,
+        n,
+        k,
+        group,
+        packed.data_ptr(),
+        _native.threads(),
+    )
+    return packed
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int, int]:
+    """`[N, K]` as the kernels take it: address, dtype, strides."""
+    row, column = x.stride()
+    return x.data_ptr(), _native.DTYPE_TAGS[x.dtype], row, column
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int, int, int]:
+    """At most three dimensions as rows: address, dtype, rows per outer step, strides of both and of the columns."""
+    tag = _native.DTYPE_TAGS[x.dtype]
+    if x.ndim == 2:
+        row, column = x.stride()
+        return x.data_ptr(), tag, x.shape[0], 0, row, column
+    if x.ndim == 3:
+        outer, row, column = x.stride()
+        return x.data_ptr(), tag, x.shape[1], outer, row, column
+    return x.data_ptr(), tag, 1, 0, 0, x.stride(0)
+
+
+def forward(
+    op: str,
+    kind: int,
+    x: Tensor,  # [..., K]
+    features: tuple[int, int],
+    group: int,
+    packed: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    input_scale: Tensor | None,
+    out: Tensor,  # [..., N], contiguous
+) -> Tensor:
+    """Fills `out`; the right operand is `packed`, or `weight` packed in this call.
+
+    Args:
+        op: public name without `vk.`, for errors.
+        kind: of the right operand.
+    """
+    n, k = features
+    # x may be kept alive by nobody else where `_rows` had to copy it
+    x_rows = x.flatten(0, -3) if x.ndim > 3 else x
+    residual_rows = residual.flatten(0, -3) if residual is not None and residual.ndim > 3 else residual
+    m = out.numel() // n if n else 0
+    call = _native.cpu.LinearCall(
+        kind,
+        _rows(x_rows),
+        m,
+        n,
+        k,
+        group,
+        0 if packed is None else packed.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else _native.DTYPE_TAGS[bias.dtype],
+        1 if bias is None else bias.stride(0),
+        _ACTIVATIONS[activation],
+        _NOTHING if residual_rows is None else _rows(residual_rows),
+        out.data_ptr(),
+        _native.DTYPE_TAGS[out.dtype],
+        0 if input_scale is None else input_scale.data_ptr(),
+        0 if input_scale is None else _native.DTYPE_TAGS[input_scale.dtype],
+    )
+    if weight is not None:
+        call.set_weight(_matrix(weight))
+    run(op, call, _native.cpu.linear_forward)
+    return out
+
+
+def run(op: str, call: Any, function: Any) -> None:
+    """Calls a native function with a workspace of the size that it asks for."""
+    threads = _native.threads()
+    workspace = torch.empty(call.workspace(threads) + _ALIGNMENT, dtype=torch.uint8)
+    at = workspace.data_ptr()
+    _native.call(op, function, call, at + -at % _ALIGNMENT, threads)
