@@ -52,6 +52,7 @@ double engine_rate(const std::string& kind, int64_t m, int64_t n, int64_t depth,
 
 }  // namespace
 
+void bind_attention(py::module_& m);    // attention.cpp
 void bind_contrastive(py::module_& m);  // contrastive.cpp
 void bind_topk(py::module_& m);         // topk.cpp
 void bind_quantized(py::module_& m);    // quantized.cpp
@@ -76,6 +77,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("forked_from_threads", &vk::forked_from_threads);
   m.def("engine_rate", &vk::engine_rate, py::arg("kind"), py::arg("m"), py::arg("n"), py::arg("depth"),
         py::arg("seconds"), py::arg("threads"));
+  vk::bind_attention(m);
   vk::bind_contrastive(m);
   vk::bind_topk(m);
   vk::bind_quantized(m);

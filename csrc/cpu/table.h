@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/cpu_features.h"
+#include "cpu/attention.h"
 #include "cpu/contrastive.h"
 #include "cpu/engine_rate.h"
 #include "cpu/quantized.h"
@@ -26,6 +27,7 @@ struct KernelTable {
   ContrastiveKernels contrastive;
   TopkKernels topk;
   QuantizedKernels quantized;
+  AttentionKernels attention;
 };
 
 // One accessor per file in csrc/cpu/isa/. The tables are constants: nothing of a level runs before it is chosen.

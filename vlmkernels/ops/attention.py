@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention: the public functions, the registered ops and their gradients.
+"""Attention: the public functions.
 
-Not here: the arithmetic (`reference/attention.py` and the backends' own files).
+Their registered ops: `_attention_ops.py`; the definition: `reference/attention.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmkernels.ops import _attention_ops as ops
 from vlmkernels.ops import _check, dispatch
-from vlmkernels.ops._library import differentiate, follow_autocast, like_inputs, no_autocast, register_op
+from vlmkernels.ops._library import follow_autocast, no_autocast
 from vlmkernels.ops.reference import attention as reference
 
 __all__ = ["attention", "attention_qkvpacked", "attention_varlen", "scaled_dot_product_attention"]
@@ -112,8 +113,11 @@ def attention_qkvpacked(
     _check.floating(op, "qkv", qkv)
     _check.ndim(op, "qkv", qkv, 5, "[B, L, 3, H, D]")
     _check.shape(op, "qkv", qkv, (None, None, 3, None, None), "[B, L, 3, H, D]")
-    q, k, v = qkv.unbind(2)
-    return _attention(op, q, k, v, bias, key_mask, is_causal, scale, dropout_p, return_lse, backend)
+    packed: Tensor = follow_autocast(qkv)[0]  # type: ignore[assignment]
+    q, k, v = packed.unbind(2)
+    return _attention(
+        op, q, k, v, bias, key_mask, is_causal, scale, dropout_p, return_lse, backend, packed=packed
+    )
 
 
 def attention_varlen(
@@ -188,7 +192,7 @@ def attention_varlen(
             }
             out, lse = reference.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
         else:
-            out, lse = _attention_varlen_op(
+            out, lse = ops.attention_varlen(
                 q, k, v, cu_seqlens_q, cu_seqlens_k, seed, is_causal, scale, dropout_p, name
             )
     return (out, lse) if return_lse else out
@@ -264,8 +268,12 @@ def scaled_dot_product_attention(
         # no query sees the keys past its own length: without them, start and end are aligned alike
         k, v = k[:, :L], v[:, :L]
     elif is_causal and L > S:
-        visible = torch.ones(L, S, dtype=torch.bool, device=query.device).tril()
-        bias, is_causal = _as_bias(visible[None, None], query.dtype), False
+        # so they are for the first S queries; the others see every key
+        parts = (
+            _attention(op, part, k, v, None, None, causal, scale, dropout_p, False, None)
+            for part, causal in ((q[:, :S], True), (q[:, S:], False))
+        )
+        return torch.cat([*parts], 1).transpose(1, 2).reshape(*leading, L, value.shape[-1])
     out = _attention(op, q, k, v, bias, key_mask, is_causal, scale, dropout_p, False, None)
     return out.transpose(1, 2).reshape(*leading, L, value.shape[-1])
 
@@ -282,8 +290,9 @@ def _attention(
     dropout_p: float,
     return_lse: bool,
     backend: str | None,
+    packed: Tensor | None = None,
 ) -> Any:
-    """Check, choose, call; `op` is the public name that errors speak of."""
+    """Check, choose, call; `op` is the public name that errors speak of, q, k and v may be parts of `packed`."""
     q, k, v = _operands(op, q, k, v)
     _check.attention(op, q, k, v, bias=bias, key_mask=key_mask)
     _check_options(op, is_causal, scale, dropout_p, return_lse)
@@ -301,8 +310,12 @@ def _attention(
                 "seed": seed,
             }
             out, lse = reference.attention(q, k, v, bias=bias, key_mask=key_mask, **options)
+        elif packed is not None:
+            out, lse = ops.attention_qkvpacked(
+                packed, bias, key_mask, seed, is_causal, scale, dropout_p, name
+            )
         else:
-            out, lse = _attention_op(q, k, v, bias, key_mask, seed, is_causal, scale, dropout_p, name)
+            out, lse = ops.attention(q, k, v, bias, key_mask, seed, is_causal, scale, dropout_p, name)
     return (out, lse) if return_lse else out
 
 
@@ -381,208 +394,3 @@ def _as_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where visible and -inf elsewhere, in the dtype of the sums over tensors of `dtype`."""
     zeros = torch.zeros(visible.shape, dtype=torch.promote_types(dtype, torch.float32), device=visible.device)
     return zeros.masked_fill(~visible, float("-inf"))
-
-
-# Registered ops. Until a kernel exists every backend name runs the reference, and the backward recomputes it.
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
-    return reference.attention(q, k, v, bias=bias, key_mask=key_mask, **options)
-
-
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_mask: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    _check.attention("attention", q, k, v, bias=bias, key_mask=key_mask)
-    B, Lq, H, _ = q.shape
-    sums = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(B, Lq, H, v.shape[-1]), q.new_empty(B, H, Lq, dtype=sums)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:6], *output)
-    ctx.options = inputs[6:]
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:4])
-    if grad_out is None:
-        grad_out = torch.zeros_like(ctx.saved_tensors[6])
-    grads = _attention_backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs)
-    grad_q, grad_k, grad_v, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return (
-        grad_q,
-        grad_k,
-        grad_v,
-        grad_bias,
-        None,  # key_mask
-        None,  # seed
-        None,  # is_causal
-        None,  # scale
-        None,  # dropout_p
-        None,  # backend
-    )
-
-
-def _backward_impl(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    backend: str,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    def recompute(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _forward(q, k, v, bias, key_mask, seed, is_causal, scale, dropout_p, backend)
-
-    return differentiate(recompute, (q, k, v, bias), (grad_out, grad_lse), needs)
-
-
-def _backward_fake(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    return like_inputs((q, k, v, bias), rest[-1])
-
-
-_attention_backward_op = register_op(
-    "attention_backward",
-    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_mask, "
-    "Tensor? seed, Tensor out, Tensor lse, bool is_causal, float scale, float dropout_p, str backend, "
-    "bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_backward_fake,
-    impl=_backward_impl,
-)
-_attention_op = register_op(
-    "attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_mask, Tensor? seed, bool is_causal, "
-    "float scale, float dropout_p, str backend) -> (Tensor out, Tensor lse)",
-    fake=_forward_fake,
-    impl=_forward,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-
-
-def _varlen_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    seed: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
-    return reference.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
-
-
-def _varlen_fake(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    _check.attention("attention_varlen", q, k, v, layout="[T, H, D]")
-    _check.cu_seqlens("attention_varlen", q, k, cu_seqlens_q, cu_seqlens_k)
-    Tq, H, _ = q.shape
-    sums = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(Tq, H, v.shape[-1]), q.new_empty(H, Tq, dtype=sums)
-
-
-def _varlen_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    if grad_out is None:
-        grad_out = torch.zeros_like(ctx.saved_tensors[6])
-    grads = _attention_varlen_backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs)
-    grad_q, grad_k, grad_v = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return (
-        grad_q,
-        grad_k,
-        grad_v,
-        None,  # cu_seqlens_q
-        None,  # cu_seqlens_k
-        None,  # seed
-        None,  # is_causal
-        None,  # scale
-        None,  # dropout_p
-        None,  # backend
-    )
-
-
-def _varlen_backward_impl(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    backend: str,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    def recompute(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return _varlen_forward(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, seed, is_causal, scale, dropout_p, backend
-        )
-
-    return differentiate(recompute, (q, k, v), (grad_out, grad_lse), needs)
-
-
-def _varlen_backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    return like_inputs((q, k, v), rest[-1])
-
-
-_attention_varlen_backward_op = register_op(
-    "attention_varlen_backward",
-    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
-    "Tensor cu_seqlens_k, Tensor? seed, Tensor out, Tensor lse, bool is_causal, float scale, "
-    "float dropout_p, str backend, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    fake=_varlen_backward_fake,
-    impl=_varlen_backward_impl,
-)
-_attention_varlen_op = register_op(
-    "attention_varlen",
-    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seed, bool is_causal, "
-    "float scale, float dropout_p, str backend) -> (Tensor out, Tensor lse)",
-    fake=_varlen_fake,
-    impl=_varlen_forward,
-    setup_context=_setup_context,
-    backward=_varlen_backward,
-)

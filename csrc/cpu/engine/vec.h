@@ -107,6 +107,37 @@ inline VecF exp_nonpositive(VecF x) {
   return x < -87.0f ? VecF{} : result;
 }
 
+// exp(x) for the x <= 0 of a shifted softmax, cheaper than the above. Error below 1e-7 (absolute; relative below
+// 1e-7 + 2e-8 |x|); exactly 1 at 0; below -87 it is tiny or 0, at -inf 0; NaN stays NaN.
+// x log2e = n + r, and 2^r = 1 + r Q(r) with Q of degree 5 (minimax, 2e-9). The product that gives r is rounded once.
+inline VecF exp_shifted(VecF x) {
+  constexpr float kLog2e = 1.44269504088896341f;
+#if defined(__AVX512F__)
+  x = x < -128.0f ? splat(-128.0f) : x;  // far enough for the last step to give 0; -inf would give NaN
+  // the forms with a mask, because GCC 12 warns about an uninitialised register inside the others
+  constexpr __mmask16 kAll = 0xffff;
+  const VecF n =
+      (VecF)_mm512_maskz_roundscale_ps(kAll, (__m512)(x * kLog2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
+  x = x < -88.0f ? splat(-88.0f) : x;    // n = -127, whose power below is 0
+  const VecF shifted = x * kLog2e + kRound;
+  const VecF n = shifted - kRound;
+#endif
+  const VecF r = x * kLog2e - n;
+  VecF q = r * 0.00015353361959569156f + 0.0013398875016719103f;
+  q = q * r + 0.00961843691766262f;
+  q = q * r + 0.055503323674201965f;
+  q = q * r + 0.24022647738456726f;
+  q = q * r + 0.6931471824645996f;
+  const VecF p = q * r + 1.0f;
+#if defined(__AVX512F__)
+  return (VecF)_mm512_maskz_scalef_ps(kAll, (__m512)p, (__m512)n);
+#else
+  return p * (VecF)(((VecI)shifted - (VecI)splat(kRound) + 127) << 23);
+#endif
+}
+
 // log(1 + e) for e in [0, 1], as e P(e), P of degree 9 (minimax, relative 4.8e-9).
 inline VecF log1p_unit(VecF e) {
   VecF p = e * -0.0032440247f + 0.019851463f;
@@ -144,6 +175,15 @@ inline VecU to_bf16_row(VecF first, VecF second) {
   VecU out;
   std::memcpy(&out, halves, sizeof out);
   return out;
+#endif
+}
+
+// The same as 16-bit values side by side.
+inline HalfWords to_half_words(VecF x) {
+#if defined(__AVX512BF16__)
+  return (HalfWords)_mm512_cvtneps_pbh((__m512)x);
+#else
+  return __builtin_convertvector(to_bf16_bits(x), HalfWords);
 #endif
 }
 

@@ -3,6 +3,8 @@
 //
 // The including file sets VK_ISA_NAMESPACE, VK_ISA_NAME and VK_VECTOR_BYTES. No include guard is needed: each file
 // includes this once. Everything with code is in VK_ISA_NAMESPACE; no global here has a constructor.
+#include "cpu/attention_backward.h"
+#include "cpu/attention_forward.h"
 #include "cpu/contrastive_kernels.h"
 #include "cpu/probe.h"
 #include "cpu/table.h"
@@ -22,6 +24,7 @@ inline constexpr KernelTable kTable = {
     .contrastive = {contrastive_statistics_part, contrastive_gradients_part},
     .topk = kTopk,
     .quantized = kQuantized,
+    .attention = {attention_forward_item, attention_backward_item, attention_sum_shares, attention_sum_bias},
 };
 
 }  // namespace vk::cpu::VK_ISA_NAMESPACE
