@@ -149,6 +149,17 @@ def topk_search(call: TopkCall, workspace: int, threads: int) -> None: ...
 def topk_range(
     call: TopkCall, threshold: float, workspace: int, threads: int, result: RangeResult
 ) -> None: ...
+def encode_codes(
+    vectors: int,
+    centre: int,
+    n: int,
+    d: int,
+    codes: int,
+    scale: int,
+    norm: int,
+    residual: int,
+    threads: int,
+) -> None: ...
 def class_vectors_workspace(prompts: int, d: int, threads: int) -> int: ...
 def class_vectors(
     prompts: tuple[int, int, int, int],

@@ -104,6 +104,20 @@ void copy_range(const cpu::RangeResult& result, Address lims, Address scores, Ad
   std::copy(result.labels.begin(), result.labels.end(), pointer<int64_t>(labels));
 }
 
+void encode_codes(Address vectors, Address centre, int64_t n, int64_t d, Address codes, Address scale, Address norm,
+                  Address residual, int threads) {
+  cpu::CodesCall call;
+  call.d = d;
+  call.vectors = pointer<const float>(vectors);
+  call.centre = pointer<const float>(centre);
+  call.codes = pointer<int8_t>(codes);
+  call.scale = pointer<float>(scale);
+  call.norm = pointer<float>(norm);
+  call.residual = pointer<float>(residual);
+  const py::gil_scoped_release release;
+  cpu::encode_codes(call, n, threads);
+}
+
 void class_vectors(const MatrixArgument& prompts, int64_t classes, int64_t count, int64_t d, Address out,
                    Address workspace, int threads) {
   const cpu::Matrix rows = matrix(prompts);
@@ -130,6 +144,8 @@ void bind_topk(py::module_& m) {
   m.def("topk_range", &range, py::arg("call"), py::arg("threshold"), py::arg("workspace"), py::arg("threads"),
         py::arg("result"));
   m.def("topk_search", &search, py::arg("call"), py::arg("workspace"), py::arg("threads"));
+  m.def("encode_codes", &encode_codes, py::arg("vectors"), py::arg("centre"), py::arg("n"), py::arg("d"),
+        py::arg("codes"), py::arg("scale"), py::arg("norm"), py::arg("residual"), py::arg("threads"));
   m.def("class_vectors_workspace", &cpu::class_vectors_workspace, py::arg("prompts"), py::arg("d"), py::arg("threads"));
   m.def("class_vectors", &class_vectors, py::arg("prompts"), py::arg("classes"), py::arg("count"), py::arg("d"),
         py::arg("out"), py::arg("workspace"), py::arg("threads"));

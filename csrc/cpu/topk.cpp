@@ -554,6 +554,14 @@ void topk_range(const TopkCall& call, float threshold, int threads, RangeResult&
   }
 }
 
+void encode_codes(const CodesCall& call, int64_t n, int threads) {
+  const int64_t parts = std::clamp<int64_t>(n / 64, 1, threads);
+  parallel_for(threads, parts, [&](int64_t part) {
+    std::vector<float> row(static_cast<size_t>(round_up(call.d, 16)));
+    kernels().topk.encode(call, n * part / parts, n * (part + 1) / parts, reinterpret_cast<char*>(row.data()));
+  });
+}
+
 int64_t class_vectors_workspace(int64_t prompt_count, int64_t d, int threads) {
   return std::max(threads, 1) * round_up(round_up(d, 16) * 12 + prompt_count * d * 8 + 256, 64);
 }

@@ -104,6 +104,17 @@ struct TopkScan {
   int64_t query_row(int64_t i) const { return which ? which[i] : first_query + i; }
 };
 
+// int8 codes of rows, rotated about a centre.
+struct CodesCall {
+  int64_t d = 0;
+  const float* vectors = nullptr;  // [n, D]
+  const float* centre = nullptr;   // [D]
+  int8_t* codes = nullptr;         // [n, D]
+  float* scale = nullptr;          // [n]; NaN: the row is not finite
+  float* norm = nullptr;           // [n] of the vectors
+  float* residual = nullptr;       // [n] upper bounds on |rotate(vector - centre) - scale * codes|
+};
+
 struct TopkKernels {
   // Queries [begin, end) of the chunk, multiples of the panel height apart.
   void (*prepare)(const TopkScan&, int64_t begin, int64_t end, char* scratch);
@@ -114,9 +125,8 @@ struct TopkKernels {
   // Averages of normalised prompts: [C, P, D] -> [C, D] float32, classes [begin, end).
   void (*class_vectors)(const Matrix& prompts, int64_t prompt_count, int64_t d, int64_t begin, int64_t end, float* out,
                         char* scratch);
-  int panel_rows;         // of a left panel
-  int depth_per_unit[3];  // float32, bfloat16, int8
-  bool split_queries;     // few queries on int8 codes are multiplied as two bytes, else as floats
+  void (*encode)(const CodesCall&, int64_t begin, int64_t end, char* scratch);
+  int panel_rows;  // of a left panel
 };
 
 }  // namespace vk::cpu

@@ -228,17 +228,80 @@ inline void rotate(float* x, int64_t d) {
   }
 }
 
+inline VecF round_half_even(VecF x) {
+  // |x| is below 2^22: adding and taking off 1.5 * 2^23 leaves the nearest integer.
+  constexpr float kRound = 12582912.0f;
+  return rounded(x + kRound) - kRound;
+}
+
+inline double reduce_doubles(VecD v) {
+  double total = 0.0;
+  for (int i = 0; i < kDoubles; ++i) total += v[i];
+  return total;
+}
+
+// Codes of `rotate(row - centre)` for rows [begin, end), and bounds on how far they are from it.
+inline void encode_rows(const CodesCall& c, int64_t begin, int64_t end, char* scratch) {
+  auto* y = reinterpret_cast<float*>(scratch);
+  const int64_t d = c.d;
+  double centre_square = 0.0;
+  for (int64_t j = 0; j < d; ++j) centre_square += static_cast<double>(c.centre[j]) * static_cast<double>(c.centre[j]);
+  for (int64_t row = begin; row < end; ++row) {
+    const float* x = c.vectors + row * d;
+    VecD squares = {};
+    VecF largest = {};
+    int64_t j = 0;
+    for (; j + kLanes <= d; j += kLanes) {
+      const VecD low = widen(x + j), high = widen(x + j + kDoubles);
+      squares += low * low + high * high;
+      store(y + j, load(x + j) - load(c.centre + j));
+    }
+    double square = reduce_doubles(squares);
+    for (; j < d; ++j) {
+      square += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+      y[j] = x[j] - c.centre[j];
+    }
+    for (; j < round_up(d, kLanes); ++j) y[j] = 0.0f;
+    rotate(y, d);
+    VecD lengths = {};
+    for (j = 0; j < d; j += kLanes) {
+      const VecF v = load(y + j);
+      largest = max_keep(largest, v < 0.0f ? -v : v);
+      const VecD low = widen(y + j), high = widen(y + j + kDoubles);
+      lengths += low * low + high * high;
+    }
+    const double norm = __builtin_sqrt(square), length = __builtin_sqrt(reduce_doubles(lengths));
+    const bool usable = norm < 1e30 && length < 1e30;
+    const float most = usable ? reduce_max(largest) : 0.0f;
+    const float scale = usable ? most / 127.0f : __builtin_nanf("");
+    const float divisor = scale > 0.0f ? scale : 1.0f;
+    VecD errors = {};
+    alignas(64) int8_t codes[kLanes];
+    for (j = 0; j < d; j += kLanes) {
+      const VecF v = usable && scale > 0.0f ? load(y + j) : VecF{};
+      VecF code = round_half_even(v / divisor);
+      code = code > 127.0f ? splat(127.0f) : code < -127.0f ? splat(-127.0f) : code;
+      alignas(64) float off[kLanes];
+      store(off, load(y + j) - code * divisor);
+      const VecD low = widen(off), high = widen(off + kDoubles);
+      errors += low * low + high * high;
+      *reinterpret_cast<Bytes*>(codes) = __builtin_convertvector(__builtin_convertvector(code, VecI), Bytes);
+      std::memcpy(c.codes + row * d + j, codes, static_cast<size_t>(d - j < kLanes ? d - j : kLanes));
+    }
+    c.scale[row] = scale;
+    c.norm[row] = static_cast<float>(norm);
+    // The rotation rounds (2 log2 D + 3 roundings of |y|), and so does the difference to the centre.
+    const double error = __builtin_sqrt(reduce_doubles(errors)) * (1.0 + 1e-6) + 4e-6 * length +
+                         1.3e-7 * (norm + __builtin_sqrt(centre_square)) + 1e-37;
+    c.residual[row] = usable ? static_cast<float>(error * (1.0 + 1e-6)) : __builtin_nanf("");
+  }
+}
+
 #if defined(__AVX512VNNI__)
 inline constexpr bool kSplitQueries = true;
 #else
 inline constexpr bool kSplitQueries = false;
 #endif
-
-inline float round_half_even(float x) {
-  // |x| is below 2^22: adding and taking off 1.5 * 2^23 leaves the nearest integer.
-  constexpr float kRound = 12582912.0f;
-  return rounded(x + kRound) - kRound;
-}
 
 // Rows [begin, begin + kRows) of int8 queries as a left panel, which VNNI wants unsigned.
 inline void pack_left_bytes(const int8_t* codes, int64_t pitch, int rows, int64_t units, uint32_t* out) {
@@ -256,82 +319,112 @@ inline void pack_left_bytes(const int8_t* codes, int64_t pitch, int rows, int64_
   }
 }
 
+// The query as int8: one byte per element, or two as v = 256 high + low. Returns the sum of squared errors.
+inline float split_query(const TopkScan& s, int64_t i, const float* row, float step) {
+  const TopkQueries& out = s.queries;
+  const float inverse = 1.0f / step;
+  VecF error = {};
+  VecI high_sum = {}, low_sum = {};
+  for (int64_t j = 0; j < s.d; j += kLanes) {
+    const VecF x = load(row + j), v = round_half_even(x * inverse), off = x - v * step;
+    error += off * off;
+    const VecI whole = __builtin_convertvector(v, VecI);
+    const VecI high = s.stream ? (whole + 128) >> 8 : whole, low = whole - (high << 8);
+    high_sum += high;
+    low_sum += low;
+    *reinterpret_cast<Bytes*>(out.high + i * out.pitch + j) = __builtin_convertvector(high, Bytes);
+    if (s.stream) *reinterpret_cast<Bytes*>(out.low + i * out.pitch + j) = __builtin_convertvector(low, Bytes);
+  }
+  int32_t high_total = 0, low_total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    high_total += high_sum[lane];
+    low_total += low_sum[lane];
+  }
+  out.high_sum[i] = 128 * high_total;
+  out.low_sum[i] = 128 * low_total;
+  for (int64_t j = round_up(s.d, kLanes); j < out.pitch; ++j) {
+    out.high[i * out.pitch + j] = 0;
+    out.low[i * out.pitch + j] = 0;
+  }
+  return reduce_add(error);
+}
+
 // One query: what the scan multiplies, and the numbers that its bounds need.
 inline void prepare_query(const TopkScan& s, int64_t i, float* row, double* work) {
   const TopkQueries& out = s.queries;
-  const int64_t d = s.d, pitch = out.pitch;
+  const int64_t d = s.d, padded = round_up(d, kLanes);
+  VecD squares[2] = {}, towards[2] = {};
   for (int64_t j = 0; j < d; j += kLanes) {
     const int count = static_cast<int>(d - j < kLanes ? d - j : kLanes);
     store(row + j, load_row(s.q, s.query_row(i), j, count));
+    for (int half = 0; half < 2; ++half) {
+      const VecD x = widen(row + j + half * kDoubles);
+      squares[half] += x * x;
+      if (count == kLanes) {
+        store_doubles(out.exact + i * d + j + half * kDoubles, x);
+        if (s.rotated) towards[half] += x * widen(s.centre + j + half * kDoubles);
+      }
+    }
   }
-  double square = 0.0, towards_centre = 0.0;
-  for (int64_t j = 0; j < d; ++j) {
+  double towards_centre = reduce_doubles(towards[0] + towards[1]);
+  for (int64_t j = d / kLanes * kLanes; j < d; ++j) {
     const double x = static_cast<double>(row[j]);
     out.exact[i * d + j] = x;
-    square += x * x;
     if (s.rotated) towards_centre += x * static_cast<double>(s.centre[j]);
   }
-  const double norm = __builtin_sqrt(square);
+  const double norm = __builtin_sqrt(reduce_doubles(squares[0] + squares[1]));
   const bool finite = norm < __builtin_inf();
   const double unit = norm > 0.0 && finite ? norm : 1.0;
   out.norm[i] = norm;
   if (s.metric == Metric::kCosine) out.exact_norm[i] = floored_norm(tree_sum(SquareTerms{row}, d, work));
   // A power of two brings the query near norm 1 without rounding it.
-  const double power = __builtin_ldexp(1.0, -__builtin_ilogb(unit));
-  for (int64_t j = 0; j < round_up(d, kLanes); ++j)
-    row[j] = finite && j < d ? static_cast<float>(out.exact[i * d + j] * power) : 0.0f;
+  const int exponent = -__builtin_ilogb(unit);
+  const double power = __builtin_ldexp(1.0, exponent);
+  if (!finite) {
+    for (int64_t j = 0; j < padded; ++j) row[j] = 0.0f;
+  } else if (exponent > 100 || exponent < -100) {
+    for (int64_t j = 0; j < d; ++j) row[j] = static_cast<float>(out.exact[i * d + j] * power);
+  } else if (exponent != 0) {
+    const float narrow = static_cast<float>(power);
+    for (int64_t j = 0; j < padded; j += kLanes) store(row + j, load(row + j) * narrow);
+  }
   if (s.rotated) rotate(row, d);
 
-  double factor = 1.0 / (unit * power), error = 0.0;
-  float largest = 0.0f;
-  for (int64_t j = 0; j < d; ++j) {
-    const float a = row[j] < 0.0f ? -row[j] : row[j];
-    largest = a > largest ? a : largest;
-  }
+  double factor = 1.0 / (unit * power);
+  float error = 0.0f;
   if (s.codes == Dtype::kI8 && !(s.stream && !kSplitQueries)) {
-    // As one byte per element, or as two: v = 256 high + low.
-    const float limit = s.stream ? 32000.0f : 127.0f;
-    const float step = largest > 0.0f ? largest / limit : 1.0f;
-    int32_t high_sum = 0, low_sum = 0;
-    for (int64_t j = 0; j < pitch; ++j) {
-      const float ratio = j < d ? row[j] / step : 0.0f;
-      const auto v = static_cast<int32_t>(round_half_even(ratio));
-      const double off = j < d ? static_cast<double>(row[j]) - static_cast<double>(step) * v : 0.0;
-      error += off * off;
-      const int32_t high = s.stream ? (v + 128) >> 8 : v, low = s.stream ? v - 256 * high : 0;
-      out.high[i * pitch + j] = static_cast<int8_t>(high);
-      high_sum += high;
-      low_sum += low;
-      if (s.stream) out.low[i * pitch + j] = static_cast<int8_t>(low);
+    VecF largest = {};
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      const VecF x = load(row + j);
+      largest = max_keep(largest, x < 0.0f ? -x : x);
     }
-    out.high_sum[i] = 128 * high_sum;
-    out.low_sum[i] = 128 * low_sum;
-    error = __builtin_sqrt(error) * factor;
+    const float most = reduce_max(largest), limit = s.stream ? 32000.0f : 127.0f;
+    const float step = most > 0.0f ? most / limit : 1.0f;
+    error = split_query(s, i, row, step);
+    error = __builtin_sqrtf(error) * static_cast<float>(factor);
     factor *= static_cast<double>(step);
   } else {
-    for (int64_t j = 0; j < pitch; ++j) {
-      float x = j < d ? row[j] : 0.0f;
-      if (s.codes == Dtype::kBF16 && !s.stream) {
-        const uint32_t bits = to_bf16_bits(splat(x))[0] << 16;
-        float near;
-        std::memcpy(&near, &bits, sizeof near);
-        const double off = static_cast<double>(x) - static_cast<double>(near);
-        error += off * off;
-        x = near;
-      }
-      out.wide[i * pitch + j] = x;
+    float* wide = out.wide + i * out.pitch;
+    VecF squared = {};
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      const VecF x = load(row + j);
+      const VecF near = s.codes == Dtype::kBF16 && !s.stream ? (VecF)(to_bf16_bits(x) << 16) : x;
+      squared += (x - near) * (x - near);
+      store(wide + j, near);
     }
-    error = __builtin_sqrt(error) * factor;
+    for (int64_t j = padded; j < out.pitch; ++j) wide[j] = 0.0f;
+    error = __builtin_sqrtf(reduce_add(squared)) * static_cast<float>(factor);
   }
   // What rounding scores to float32 may cost where they are denormal, and for "l2" what |q|^2 adds to the error.
-  const double floor = __builtin_sqrt(kNormFloorSquare);
+  const double floor = 1e-12;
   double slack = 1e-37 * (s.metric == Metric::kCosine && unit < floor ? floor : 1.0) / unit;
   if (s.metric == Metric::kL2) slack += static_cast<double>(s.eta) * norm;
   const double centre = towards_centre / unit;
   out.centre[i] = centre;
   out.factor[i] = finite ? static_cast<float>(factor) : __builtin_nanf("");
   out.shift[i] = s.metric == Metric::kL2 ? static_cast<float>(1.0 / unit) : static_cast<float>(centre);
-  out.loose[i] = static_cast<float>(error * (1.0 + 1e-5));
+  // Squares and sums of the error are float32's: a thousandth covers them.
+  out.loose[i] = error * 1.001f;
   out.slack[i] = static_cast<float>(slack * (1.0 + 1e-5));
 }
 

@@ -18,7 +18,7 @@ inline constexpr float kSmallestNorm = 1e-15f, kLargestNorm = 1e18f;
 // What a block of rows brings to every query: kept in L1 while the queries pass.
 struct RowBlock {
   alignas(64) float factor[kTopkBlock], by_shift[kTopkBlock], margin[kTopkBlock], loose[kTopkBlock], hidden[kTopkBlock];
-  alignas(64) float norm[kTopkBlock], code_norm[kTopkBlock];
+  alignas(64) float norm[kTopkBlock], code_norm[kTopkBlock], scale[kTopkBlock], residual[kTopkBlock];
   alignas(64) int32_t compensation[kTopkBlock];
   float largest_norm, largest_margin, largest_loose, largest_shift;
   bool special, masked;
@@ -55,75 +55,74 @@ inline float norm_of_square(const Matrix& m, int64_t row, int64_t d, float squar
   return static_cast<float>(__builtin_sqrt(wide));
 }
 
-inline float row_norm(const Matrix& m, int64_t row, int64_t d) {
-  VecF sums[4] = {};
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= d; j += 4 * kLanes) {
-    for (int i = 0; i < 4; ++i) {
-      const VecF x = load_row(m, row, j + i * kLanes, kLanes);
-      sums[i] += x * x;
-    }
+// Numbers of the block's rows, in their order; `otherwise` without an array, and behind the last row.
+inline void gather_numbers(const RowBlock& b, const float* from, float otherwise, float* to) {
+  int j = 0;
+  if (from && b.segment->rows) {
+    for (; j < b.count; ++j) to[j] = from[b.row(j)];
+  } else if (from) {
+    std::memcpy(to, from + b.first, sizeof(float) * static_cast<size_t>(b.count));
+    j = b.count;
   }
-  for (; j < d; j += kLanes) {
-    const VecF x = load_row(m, row, j, static_cast<int>(d - j < kLanes ? d - j : kLanes));
-    sums[0] += x * x;
-  }
-  return norm_of_square(m, row, d, reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3])));
+  for (; j < b.vecs * kLanes; ++j) to[j] = otherwise;
 }
 
 // The bounds of a block, from its rows' norms; `code_norms`: |codes| were found while packing.
 inline void describe_block(const TopkScan& s, RowBlock& b, bool code_norms) {
   const TopkSegment& segment = *b.segment;
   const float eta = s.eta, centre = static_cast<float>(s.centre_norm);
-  b.largest_norm = b.largest_margin = b.largest_loose = b.largest_shift = 0.0f;
-  b.special = false;
-  for (int j = 0; j < b.count; ++j) {
-    const int64_t row = b.row(j);
-    const float norm = segment.norm ? segment.norm[row] : b.norm[j];
-    const float scale = segment.scale ? segment.scale[row] : 1.0f;
-    const float residual = segment.residual ? segment.residual[row] : 0.0f;
-    b.norm[j] = norm;
-    const bool usable = (norm == 0.0f || (norm >= kSmallestNorm && norm <= kLargestNorm)) && residual <= kLargestNorm &&
-                        scale >= 0.0f && scale <= kLargestNorm;
-    if (!usable) {
-      b.special = true;
-      b.factor[j] = b.by_shift[j] = b.loose[j] = 0.0f;
-      b.margin[j] = kInfinity;
-      // Behind the scan these are scored exactly; then they join the sum, unless it is NaN anyway.
-      b.hidden[j] = norm < kInfinity ? -kInfinity : __builtin_nanf("");
-      continue;
-    }
-    float y = code_norms ? scale * b.code_norm[j] : norm + residual + centre;
-    float margin = residual + eta * (norm + residual + centre) + 1e-35f;
-    float factor = scale, by_shift = 0.0f;
+  if (segment.norm) gather_numbers(b, segment.norm, 0.0f, b.norm);
+  for (int j = b.count; j < b.vecs * kLanes; ++j) b.norm[j] = b.code_norm[j] = 0.0f;
+  gather_numbers(b, segment.scale, 1.0f, b.scale);
+  gather_numbers(b, segment.residual, 0.0f, b.residual);
+  VecF largest_norm = {}, largest_margin = {}, largest_loose = {}, largest_shift = {};
+  VecI special = {};
+  for (int at = 0; at < b.vecs * kLanes; at += kLanes) {
+    const VecF norm = load(b.norm + at), scale = load(b.scale + at), residual = load(b.residual + at);
+    // Comparisons with NaN are false: it is not usable.
+    const VecI usable = ((norm == 0.0f) | ((norm >= kSmallestNorm) & (norm <= kLargestNorm))) &
+                        (residual <= kLargestNorm) & (scale >= 0.0f) & (scale <= kLargestNorm);
+    VecF loose = code_norms ? scale * load(b.code_norm + at) : norm + residual + centre;
+    VecF margin = residual + eta * (norm + residual + centre) + 1e-35f;
+    VecF factor = scale, by_shift = {};
     if (s.metric == Metric::kCosine) {
-      const float inverse = 1.0f / (norm > 1e-12f ? norm : 1e-12f);
+      const VecF inverse = 1.0f / (norm > 1e-12f ? norm : splat(1e-12f));
       factor *= inverse;
       margin *= inverse;
-      y *= inverse;
-      by_shift = s.rotated ? inverse : 0.0f;
+      loose *= inverse;
+      if (s.rotated) by_shift = inverse;
     } else if (s.metric == Metric::kL2) {
       factor *= 2.0f;
       margin *= 2.0f;
-      y *= 2.0f;
+      loose *= 2.0f;
       by_shift = -norm * norm * (1.0f - eta);
     }
     margin *= 1.0001f;
-    b.factor[j] = factor;
-    b.by_shift[j] = by_shift;
-    b.margin[j] = margin;
-    b.loose[j] = y;
-    b.hidden[j] = 0.0f;
-    b.largest_norm = norm > b.largest_norm ? norm : b.largest_norm;
-    b.largest_margin = margin > b.largest_margin ? margin : b.largest_margin;
-    b.largest_loose = y > b.largest_loose ? y : b.largest_loose;
-    const float reach = by_shift < 0.0f ? -by_shift : by_shift;
-    b.largest_shift = reach > b.largest_shift ? reach : b.largest_shift;
+    factor = usable ? factor : VecF{};
+    by_shift = usable ? by_shift : VecF{};
+    loose = usable ? loose : VecF{};
+    largest_norm = max_keep(largest_norm, usable ? norm : VecF{});
+    largest_margin = max_keep(largest_margin, usable ? margin : VecF{});
+    largest_loose = max_keep(largest_loose, loose);
+    largest_shift = max_keep(largest_shift, by_shift < 0.0f ? -by_shift : by_shift);
+    special |= ~usable;
+    store(b.factor + at, factor);
+    store(b.by_shift + at, by_shift);
+    store(b.margin + at, usable ? margin : splat(kInfinity));
+    store(b.loose + at, loose);
+    // Rows that the bounds say nothing about are scored exactly; then they join the sum, unless it is NaN anyway.
+    const VecF unusable = norm < kInfinity ? splat(-kInfinity) : splat(__builtin_nanf(""));
+    store(b.hidden + at, usable ? VecF{} : unusable);
   }
   for (int j = b.count; j < b.vecs * kLanes; ++j) {
     b.factor[j] = b.by_shift[j] = b.loose[j] = 0.0f;
     b.margin[j] = b.hidden[j] = -kInfinity;
   }
+  b.largest_norm = reduce_max(largest_norm);
+  b.largest_margin = reduce_max(largest_margin);
+  b.largest_loose = reduce_max(largest_loose);
+  b.largest_shift = reduce_max(largest_shift);
+  b.special = lane_bits(special) != 0;
 }
 
 // Whether a score of this query with a row of this block could leave float32's range, where bounds say nothing.
@@ -272,17 +271,30 @@ void for_blocks(const TopkScan& s, int64_t row0, int64_t row1, RowBlock& b, Body
   }
 }
 
-// Units of int8 codes: four bytes, or two bytes as 16-bit numbers.
-inline VecU load_byte_units(const Matrix& m, int64_t row, int64_t unit, int64_t depth) {
-  constexpr int kGroup = OpI8::kDepthPerUnit;
-  const int64_t first = unit * kGroup, left = depth - first;
-  const int8_t* p = static_cast<const int8_t*>(m.data) + row * m.row_stride + first;
-  alignas(64) int8_t bytes[kGroup * kLanes] = {};
-  if (left < kGroup * kLanes) {
-    std::memcpy(bytes, p, static_cast<size_t>(left));
-    p = bytes;
+template <class Op>
+inline constexpr bool kOnBytes = std::is_same_v<Op, OpI8>;
+
+// Units of a row whose elements lie in sequence; those behind the last element are 0.
+inline VecU load_units_of(const float* p, int64_t left) {
+  return (VecU)(left >= kLanes ? load(p) : load_first(p, static_cast<int>(left)));
+}
+inline VecU load_units_of(const uint16_t* p, int64_t left) {
+  alignas(64) uint16_t tail[2 * kLanes] = {};
+  if (left < 2 * kLanes) {
+    std::memcpy(tail, p, sizeof(uint16_t) * static_cast<size_t>(left));
+    p = tail;
   }
-  if constexpr (kGroup == 4) {
+  return load_units(reinterpret_cast<const uint32_t*>(p));
+}
+// Four bytes, or two as 16-bit numbers.
+inline VecU load_units_of(const int8_t* p, int64_t left) {
+  constexpr int kBytes = OpI8::kDepthPerUnit * kLanes;
+  alignas(64) int8_t tail[kBytes] = {};
+  if (left < kBytes) {
+    std::memcpy(tail, p, static_cast<size_t>(left));
+    p = tail;
+  }
+  if constexpr (OpI8::kDepthPerUnit == 4) {
     return load_units(reinterpret_cast<const uint32_t*>(p));
   } else {
     typedef int8_t Narrow __attribute__((vector_size(2 * kLanes), aligned(1), may_alias));
@@ -291,63 +303,98 @@ inline VecU load_byte_units(const Matrix& m, int64_t row, int64_t unit, int64_t 
   }
 }
 
+// What is summed over a register of units, by lane: squares of vectors, sums and squares of codes.
 template <class Op>
-inline constexpr bool kOnBytes = std::is_same_v<Op, OpI8>;
+struct UnitSums {
+  VecF squares[2] = {};
+  void add(VecU units, int step) {
+    if constexpr (Op::kDepthPerUnit == 1) {
+      squares[step & 1] += (VecF)units * (VecF)units;
+    } else {
+      const VecF low = (VecF)(units << 16), high = (VecF)(units & 0xffff0000u);
+      squares[0] += low * low;
+      squares[1] += high * high;
+    }
+  }
+};
+template <>
+struct UnitSums<OpI8> {
+  VecI sums = {}, squares = {};
+  void add(VecU units, int) {
+#if defined(__AVX512VNNI__)
+    sums = (VecI)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi8(1), (__m512i)units);
+    const __m512i size = _mm512_abs_epi8((__m512i)units);
+    squares = (VecI)_mm512_dpbusd_epi32((__m512i)squares, size, size);
+#else
+    const VecI low = (VecI)(units << 16) >> 16, high = (VecI)units >> 16;
+    sums += low + high;
+    squares += low * low + high * high;
+#endif
+  }
+};
 
-template <class Op>
-VecU load_code_units(const Matrix& m, int64_t row, int64_t unit, int64_t depth) {
+// kLanes rows (fewer at the end) as `units` registers of the panel, `width` apart. Element: of the rows in memory.
+template <class Op, class Element>
+void pack_lanes(const TopkScan& s, RowBlock& b, int64_t at, int64_t units, int64_t width, uint32_t* out) {
+  const Matrix& m = b.segment->codes;
+  const Element* rows[kLanes] = {};
+  int64_t index[kLanes] = {};
+  int count = 0;
+  for (; count < kLanes && at + count < b.count; ++count) {
+    index[count] = b.row(at + count);
+    rows[count] = static_cast<const Element*>(m.data) + index[count] * m.row_stride;
+  }
+  const bool in_line = m.col_stride == 1;
+  UnitSums<Op> sums;
+  for (int64_t unit = 0; unit < units; unit += kLanes) {
+    VecU square[kLanes];
+    const int64_t first = unit * Op::kDepthPerUnit, left = s.d - first;
+    if (in_line && count == kLanes && left >= Op::kDepthPerUnit * kLanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) square[i] = load_units_of(rows[i] + first, Op::kDepthPerUnit * kLanes);
+    } else if (in_line) {
+      for (int i = 0; i < kLanes; ++i) square[i] = i < count ? load_units_of(rows[i] + first, left) : VecU{};
+    } else {
+      for (int i = 0; i < kLanes; ++i) {
+        square[i] = VecU{};
+        if constexpr (!kOnBytes<Op>) {  // codes are always in line
+          if (i < count) square[i] = load_row_units<Op>(m, index[i], unit, s.d);
+        }
+      }
+    }
+    transpose(square);
+    const int64_t steps = units - unit < kLanes ? units - unit : kLanes;
+    if (steps == kLanes) {
+#pragma GCC unroll 16
+      for (int step = 0; step < kLanes; ++step) {
+        store_units(out + (unit + step) * width, square[step]);
+        sums.add(square[step], step);
+      }
+    } else {
+      for (int step = 0; step < steps; ++step) {
+        store_units(out + (unit + step) * width, square[step]);
+        sums.add(square[step], step);
+      }
+    }
+  }
   if constexpr (kOnBytes<Op>) {
-    return load_byte_units(m, row, unit, depth);
-  } else {
-    return load_row_units<Op>(m, row, unit, depth);
+    store_units(reinterpret_cast<uint32_t*>(b.compensation + at), (VecU)(sums.sums * OpI8::kLeftOffset));
+    for (int i = 0; i < count; ++i)
+      b.code_norm[at + i] = __builtin_sqrtf(static_cast<float>(sums.squares[i])) * 1.0001f;
+  } else if (!b.segment->norm) {
+    const VecF total = sums.squares[0] + sums.squares[1];
+    for (int i = 0; i < count; ++i) b.norm[at + i] = norm_of_square(m, index[i], s.d, total[i]);
   }
 }
 
-// Sums and squares of the codes in a register of units, added up by lane.
-inline void add_code_sums(VecU units, VecI& sums, VecI& squares) {
-#if defined(__AVX512VNNI__)
-  sums = (VecI)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi8(1), (__m512i)units);
-  const __m512i size = _mm512_abs_epi8((__m512i)units);
-  squares = (VecI)_mm512_dpbusd_epi32((__m512i)squares, size, size);
-#else
-  const VecI low = (VecI)(units << 16) >> 16, high = (VecI)units >> 16;
-  sums += low + high;
-  squares += low * low + high * high;
-#endif
-}
-
-// The block as right panels; for codes also what follows from their sums.
-template <class Op>
+// The block as right panels, and what its rows' norms and codes' sums are.
+template <class Op, class Element>
 void pack_block(const TopkScan& s, RowBlock& b, uint32_t* out) {
-  constexpr bool kBytes = kOnBytes<Op>;
-  const Matrix& m = b.segment->codes;
   const int64_t units = ceil_div(s.d, Op::kDepthPerUnit);
   for (int64_t panel = 0; panel < b.count; panel += kCols) {
     const int64_t width = panel_width(b.count, panel);
-    for (int64_t lane = 0; lane < width; lane += kLanes) {
-      int64_t rows[kLanes] = {};
-      int count = 0;
-      for (; count < kLanes && panel + lane + count < b.count; ++count) {
-        rows[count] = b.row(panel + lane + count);
-        if (!kBytes && !b.segment->norm) b.norm[panel + lane + count] = row_norm(m, rows[count], s.d);
-      }
-      VecI sums = {}, squares = {};
-      for (int64_t unit = 0; unit < units; unit += kLanes) {
-        VecU square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = i < count ? load_code_units<Op>(m, rows[i], unit, s.d) : VecU{};
-        transpose(square);
-        const int steps = units - unit < kLanes ? static_cast<int>(units - unit) : kLanes;
-        for (int step = 0; step < steps; ++step) {
-          store_units(out + (unit + step) * width + lane, square[step]);
-          if constexpr (kBytes) add_code_sums(square[step], sums, squares);
-        }
-      }
-      if constexpr (kBytes) {
-        store_units(reinterpret_cast<uint32_t*>(b.compensation + panel + lane), (VecU)(sums * OpI8::kLeftOffset));
-        for (int i = 0; i < count; ++i)
-          b.code_norm[panel + lane + i] = __builtin_sqrtf(static_cast<float>(squares[i])) * 1.0001f;
-      }
-    }
+    for (int64_t lane = 0; lane < width; lane += kLanes)
+      pack_lanes<Op, Element>(s, b, panel + lane, units, width, out + lane);
     out += units * width;
   }
 }
@@ -372,6 +419,8 @@ void topk_product(const uint32_t* left, const uint32_t* right, int64_t units, in
 template <class Op>
 void scan_packed(const TopkScan& s, int64_t part, int64_t row0, int64_t row1, int64_t q0, int64_t q1, char* scratch) {
   using Element = typename Op::Element;
+  using Stored =
+      std::conditional_t<kOnBytes<Op>, int8_t, std::conditional_t<std::is_same_v<Op, OpF32>, float, uint16_t>>;
   constexpr bool kBytes = kOnBytes<Op>;
   const int64_t units = ceil_div(s.d, Op::kDepthPerUnit);
   alignas(64) float strip[kRows * kTopkStride];
@@ -379,7 +428,7 @@ void scan_packed(const TopkScan& s, int64_t part, int64_t row0, int64_t row1, in
   auto* right = reinterpret_cast<uint32_t*>(scratch);
   const int64_t longest = s.lse_sum ? ceil_div(128, Op::kDepthPerUnit) : (units > 0 ? units : 1);
   for_blocks(s, row0, row1, b, [&] {
-    pack_block<Op>(s, b, right);
+    pack_block<Op, Stored>(s, b, right);
     describe_block(s, b, kBytes);
     for (int64_t i = q0; i < q1; i += kRows) {
       const int rows = static_cast<int>(q1 - i < kRows ? q1 - i : kRows);
@@ -406,72 +455,80 @@ inline VecF load_element(const float* p) { return load(p); }
 inline VecF load_element(const uint16_t* p) { return from_bf16(p); }
 inline VecF load_element(const int8_t* p) { return from_bytes(p); }
 
-inline constexpr int kStreamRows = 4;
-inline constexpr int64_t kPrefetchRows = 8;  // rows asked for ahead of their use
+// How far ahead of its use a row is asked for. The rows are one stream, as a plain read of memory is.
+inline constexpr int64_t kAheadBytes = 4096;
 
-// kStreamRows rows against Q queries; the rows' squares too where `squares` is set.
+inline void prefetch_ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kAheadBytes, 0, 3); }
+
+// One row against Q queries; its square too where `square` is set. Phases: chains of additions that do not wait for
+// each other.
 template <class T, int Q>
-void stream_products(const T* const (&rows)[kStreamRows], const float* q, int64_t pitch, int64_t d, float* out,
-                     float* squares) {
-  VecF acc[kStreamRows][Q] = {}, square[kStreamRows] = {};
-  auto step = [&](const VecF(&x)[kStreamRows], int64_t j) {
-    for (int c = 0; c < Q; ++c) {
-      const VecF y = load(q + c * pitch + j);
-      for (int r = 0; r < kStreamRows; ++r) acc[r][c] += x[r] * y;
-    }
-    if (squares) {
-      for (int r = 0; r < kStreamRows; ++r) square[r] += x[r] * x[r];
-    }
-  };
+void stream_products(const T* row, const float* q, int64_t pitch, int64_t d, float* out, float* square, bool ahead) {
+  constexpr int kPhases = Q == 1 ? 4 : Q == 2 ? 2 : 1;
+  constexpr int64_t kStep = kPhases * kLanes;
+  VecF acc[Q][kPhases] = {}, squares[kPhases] = {};
   int64_t j = 0;
-  VecF x[kStreamRows];
-  for (; j + kLanes <= d; j += kLanes) {
-    for (int r = 0; r < kStreamRows; ++r) x[r] = load_element(rows[r] + j);
-    step(x, j);
-  }
-  if (j < d) {
-    for (int r = 0; r < kStreamRows; ++r) {
-      alignas(64) T tail[kLanes] = {};
-      std::memcpy(tail, rows[r] + j, sizeof(T) * static_cast<size_t>(d - j));
-      x[r] = load_element(tail);
+  for (; j + kStep <= d; j += kStep) {
+    for (int phase = 0; phase < kPhases; ++phase) {
+      const int64_t at = j + phase * kLanes;
+      if (ahead) prefetch_ahead(row + at);
+      const VecF x = load_element(row + at);
+      for (int c = 0; c < Q; ++c) acc[c][phase] += x * load(q + c * pitch + at);
+      if (square) squares[phase] += x * x;
     }
-    step(x, j);
   }
-  for (int r = 0; r < kStreamRows; ++r) {
-    for (int c = 0; c < Q; ++c) out[c * kTopkStride + r] = reduce_add(acc[r][c]);
-    if (squares) squares[r] = reduce_add(square[r]);
+  for (; j < d; j += kLanes) {
+    alignas(64) T tail[kLanes] = {};
+    const T* from = row + j;
+    if (d - j < kLanes) {
+      std::memcpy(tail, from, sizeof(T) * static_cast<size_t>(d - j));
+      from = tail;
+    }
+    const VecF x = load_element(from);
+    for (int c = 0; c < Q; ++c) acc[c][0] += x * load(q + c * pitch + j);
+    if (square) squares[0] += x * x;
   }
+  auto total = [](const VecF(&phases)[kPhases]) {
+    VecF sum = phases[0];
+    for (int phase = 1; phase < kPhases; ++phase) sum += phases[phase];
+    return reduce_add(sum);
+  };
+  for (int c = 0; c < Q; ++c) out[c * kTopkStride] = total(acc[c]);
+  if (square) *square = total(squares);
 }
 
 #if defined(__AVX512VNNI__)
 template <int Q>
-void stream_split(const int8_t* const (&rows)[kStreamRows], const TopkQueries& q, int64_t first, int64_t d,
-                  float* out) {
-  __m512i high[kStreamRows][Q] = {}, low[kStreamRows][Q] = {};
+void stream_split(const int8_t* row, const TopkQueries& q, int64_t first, int64_t d, float* out) {
+  __m512i high[Q] = {}, low[Q] = {};
   const __m512i offset = _mm512_set1_epi8(static_cast<char>(0x80));
-  for (int64_t j = 0; j < d; j += 64) {
-    __m512i x[kStreamRows];
-    const __mmask64 there = d - j >= 64 ? ~__mmask64{0} : (__mmask64{1} << (d - j)) - 1;
-    for (int r = 0; r < kStreamRows; ++r)
-      x[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, rows[r] + j), offset);  // codes + 128, unsigned
+  const int8_t *high_query = q.high + first * q.pitch, *low_query = q.low + first * q.pitch;
+  auto step = [&](__m512i codes, int64_t j) {
+    const __m512i x = _mm512_xor_si512(codes, offset);  // codes + 128, unsigned
     for (int c = 0; c < Q; ++c) {
-      const __m512i h = _mm512_loadu_si512(q.high + (first + c) * q.pitch + j);
-      const __m512i l = _mm512_loadu_si512(q.low + (first + c) * q.pitch + j);
-      for (int r = 0; r < kStreamRows; ++r) {
-        high[r][c] = _mm512_dpbusd_epi32(high[r][c], x[r], h);
-        low[r][c] = _mm512_dpbusd_epi32(low[r][c], x[r], l);
-      }
+      high[c] = _mm512_dpbusd_epi32(high[c], x, _mm512_loadu_si512(high_query + c * q.pitch + j));
+      low[c] = _mm512_dpbusd_epi32(low[c], x, _mm512_loadu_si512(low_query + c * q.pitch + j));
     }
-  }
-  for (int r = 0; r < kStreamRows; ++r) {
-    for (int c = 0; c < Q; ++c) {
-      const int32_t h = reduce_ints((VecI)high[r][c]) - q.high_sum[first + c];
-      const int32_t l = reduce_ints((VecI)low[r][c]) - q.low_sum[first + c];
-      out[c * kTopkStride + r] = 256.0f * static_cast<float>(h) + static_cast<float>(l);
-    }
+  };
+  int64_t j = 0;
+  for (; j + 64 <= d; j += 64) step(_mm512_loadu_si512(row + j), j);
+  if (j < d) step(_mm512_maskz_loadu_epi8((__mmask64{1} << (d - j)) - 1, row + j), j);
+  for (int c = 0; c < Q; ++c) {
+    const int32_t h = reduce_ints((VecI)high[c]) - q.high_sum[first + c];
+    const int32_t l = reduce_ints((VecI)low[c]) - q.low_sum[first + c];
+    out[c * kTopkStride] = 256.0f * static_cast<float>(h) + static_cast<float>(l);
   }
 }
 #endif
+
+// Queries [i, i + Q) against a row.
+template <class T, int Q>
+void stream_queries(const TopkScan& s, const T* row, int64_t i, float* out, float* square, bool ahead) {
+#if defined(__AVX512VNNI__)
+  if constexpr (std::is_same_v<T, int8_t>) return stream_split<Q>(row, s.queries, i, s.d, out);
+#endif
+  stream_products<T, Q>(row, s.queries.wide + i * s.queries.pitch, s.queries.pitch, s.d, out, square, ahead);
+}
 
 template <class T>
 void scan_stream(const TopkScan& s, int64_t part, int64_t row0, int64_t row1, int64_t q0, int64_t q1) {
@@ -481,52 +538,35 @@ void scan_stream(const TopkScan& s, int64_t part, int64_t row0, int64_t row1, in
     const Matrix& m = b.segment->codes;
     const T* base = static_cast<const T*>(m.data);
     const int64_t bytes = s.d * static_cast<int64_t>(sizeof(T));
-    for (int j = 0; j < b.count; j += kStreamRows) {
-      const T* rows[kStreamRows];
-      for (int r = 0; r < kStreamRows; ++r) rows[r] = base + b.row(j + r < b.count ? j + r : j) * m.row_stride;
-      if (b.segment->rows) {
-        // Scattered rows are not foreseen by the hardware.
-        for (int r = 0; r < kStreamRows; ++r) {
-          const int64_t ahead = b.first + j + kPrefetchRows + r;
-          if (ahead >= b.segment->count) break;
-          const char* at = reinterpret_cast<const char*>(base + b.segment->rows[ahead] * m.row_stride);
-          for (int64_t line = 0; line < bytes && line < 4096; line += 64) __builtin_prefetch(at + line, 0, 3);
-        }
+    const bool find_norms = !std::is_same_v<T, int8_t> && !b.segment->norm, scattered = b.segment->rows != nullptr;
+    for (int j = 0; j < b.count; ++j) {
+      const int64_t index = b.row(j);
+      const T* row = base + index * m.row_stride;
+      if (scattered && b.first + j + 2 < b.segment->count) {
+        // Not foreseen by the hardware.
+        const char* next = reinterpret_cast<const char*>(base + b.segment->rows[b.first + j + 2] * m.row_stride);
+        for (int64_t line = 0; line < bytes && line < 4096; line += 64) __builtin_prefetch(next + line, 0, 3);
       }
-      float squares[kStreamRows];
-      float* wanted = std::is_same_v<T, int8_t> || b.segment->norm ? nullptr : squares;
+      float square = 0.0f;
+      float* wanted = find_norms ? &square : nullptr;
+      bool ahead = !scattered;
       for (int64_t i = q0; i < q1;) {
-        const int64_t left = q1 - i;
         float* out = strip + (i - q0) * kTopkStride + j;
-        const float* q = s.queries.wide + i * s.queries.pitch;
-#if defined(__AVX512VNNI__)
-        if constexpr (std::is_same_v<T, int8_t>) {
-          if (left >= 2) {
-            stream_split<2>(rows, s.queries, i, s.d, out);
-            i += 2;
-          } else {
-            stream_split<1>(rows, s.queries, i, s.d, out);
-            i += 1;
-          }
-          continue;
-        }
-#endif
+        const int64_t left = q1 - i;
         if (left >= 4) {
-          stream_products<T, 4>(rows, q, s.queries.pitch, s.d, out, wanted);
+          stream_queries<T, 4>(s, row, i, out, wanted, ahead);
           i += 4;
         } else if (left >= 2) {
-          stream_products<T, 2>(rows, q, s.queries.pitch, s.d, out, wanted);
+          stream_queries<T, 2>(s, row, i, out, wanted, ahead);
           i += 2;
         } else {
-          stream_products<T, 1>(rows, q, s.queries.pitch, s.d, out, wanted);
+          stream_queries<T, 1>(s, row, i, out, wanted, ahead);
           i += 1;
         }
-        if (wanted) {
-          for (int r = 0; r < kStreamRows && j + r < b.count; ++r)
-            b.norm[j + r] = norm_of_square(m, b.row(j + r), s.d, squares[r]);
-          wanted = nullptr;
-        }
+        wanted = nullptr;
+        ahead = false;
       }
+      if (find_norms) b.norm[j] = norm_of_square(m, index, s.d, square);
     }
     describe_block(s, b, false);
     select_strip(s, part, q0, static_cast<int>(q1 - q0), b, strip);
@@ -554,9 +594,8 @@ inline constexpr TopkKernels kTopk = {
     .scan = topk_scan_part,
     .exact = exact_scores,
     .class_vectors = mean_of_prompts,
+    .encode = encode_rows,
     .panel_rows = kRows,
-    .depth_per_unit = {OpF32::kDepthPerUnit, OpBF16::kDepthPerUnit, OpI8::kDepthPerUnit},
-    .split_queries = kSplitQueries,
 };
 
 }  // namespace vk::cpu::VK_ISA_NAMESPACE

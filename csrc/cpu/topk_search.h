@@ -54,6 +54,9 @@ struct RangeResult {
 int64_t range_workspace(const TopkCall& call, int threads);
 void topk_range(const TopkCall& call, float threshold, int threads, RangeResult& result);
 
+// int8 codes of n rows; no workspace: a row's scratch is small.
+void encode_codes(const CodesCall& call, int64_t n, int threads);
+
 // One vector per class, [C, P, D] -> [C, D]: the mean of its normalised prompts (rows c * P + p of `prompts`).
 int64_t class_vectors_workspace(int64_t prompt_count, int64_t d, int threads);
 void class_vectors(const Matrix& prompts, int64_t classes, int64_t prompt_count, int64_t d, float* out, char* workspace,

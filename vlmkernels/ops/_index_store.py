@@ -5,13 +5,19 @@
 are appended behind the last row that any older snapshot knows, so both may share the buffers. A full segment is never
 copied: the next one is half as large as everything before it, which bounds both the waste and the number of segments.
 
+**Codes.** Where vectors are kept beside int8 codes, the codes serve the scan alone, and then of `rotate(x - centre)`
+instead of x: products change by a number per query, and the codes lose far less of features that share a direction or
+have a few large dimensions, as CLIP's do.
+
 **File.** The safetensors format, written by hand so that rows stream out segment by segment and come back as views of a
 memory map: eight bytes of header length, a JSON header, raw tensors; wider dtypes first, so that all are aligned.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import mmap as mmap_module
 import os
 import secrets
@@ -25,6 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmkernels import _native
+
 from . import _topk_cpu
 from .reference.quantized import quantize_rows_int8
 from .reference.topk_scan import Chunk, row_norms
@@ -34,6 +42,10 @@ FORMAT = "vlmkernels.flat_index"
 VERSION = "1"
 
 _SMALLEST_SEGMENT = 1024
+# Rows that the centre is found from; norms that count; how much shorter a typical row must get about it.
+_CENTRE_SAMPLE = 16384
+_SMALLEST_NORM, _LARGEST_NORM = 1e-15, 1e15
+_WORTH_CENTRING = 0.95
 # Elements encoded or written at once.
 _BLOCK_ELEMENTS = 2**22
 _ALIGNMENT = 64
@@ -58,6 +70,10 @@ class Layout:
     def keeps_vectors(self) -> bool:
         return self.exact and self.storage != "float32"
 
+    @property
+    def rotates(self) -> bool:
+        return self.keeps_vectors and self.storage == "int8"
+
     def columns(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name to dtype and shape of one row, wide dtypes first."""
         columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"ids": (torch.int64, ())}
@@ -70,8 +86,12 @@ class Layout:
         columns["codes"] = (STORAGE_DTYPES[self.storage], (self.dim,))
         return columns
 
-    def encode(self, vectors: Tensor) -> dict[str, Tensor]:
-        """All columns but the ids of float32 vectors [n, D]."""
+    def encode(self, vectors: Tensor, centre: Tensor | None) -> dict[str, Tensor]:
+        """All columns but the ids of float32 vectors [n, D]; `centre` [D] where codes are rotated about one."""
+        if centre is not None:
+            kernel = vectors.device.type == "cpu" and _native.cpu_reason is None
+            encode = _topk_cpu.encode_rotated if kernel else encode_rotated
+            return {"vectors": vectors, **encode(vectors, centre)}
         columns = {}
         if self.storage == "int8":
             columns["codes"], columns["scale"] = quantize_rows_int8(vectors)
@@ -81,10 +101,57 @@ class Layout:
         columns["norm"] = row_norms(vectors if self.exact else decoded)
         if self.keeps_vectors:
             columns["vectors"] = vectors
-            distance = row_norms(vectors.double() - decoded.double())
-            # An upper bound has to survive its own rounding to float32.
-            columns["residual"] = (distance * (1 + 1e-6) + torch.finfo(torch.float32).tiny).float()
+            columns["residual"] = _as_bound(row_norms(vectors.double() - decoded.double()))
         return columns
+
+
+def _as_bound(distance: Tensor) -> Tensor:
+    # An upper bound has to survive its own rounding to float32.
+    return (distance * (1 + 1e-6) + torch.finfo(torch.float32).tiny).float()
+
+
+def find_centre(vectors: Tensor) -> Tensor:
+    """[D], what codes of rows like these [n, D] are taken about: their common direction, zero where there is none.
+
+    The mean of normalised rows, at the typical norm; less where there are few rows, whose mean is mostly chance.
+    """
+    sample = vectors[:: max(1, vectors.shape[0] // _CENTRE_SAMPLE)].double()
+    norm = torch.linalg.vector_norm(sample, dim=-1)
+    usable = (norm > _SMALLEST_NORM) & (norm < _LARGEST_NORM)
+    sample, norm = sample[usable], norm[usable]
+    count = sample.shape[0]
+    if count == 0:
+        return torch.zeros_like(vectors[0])
+    centre = (sample / norm.unsqueeze(-1)).mean(0) * norm.median() * (count / (count + 8))
+    shrinks = (torch.linalg.vector_norm(sample - centre, dim=-1) / norm).median() < _WORTH_CENTRING
+    return (centre if bool(shrinks) else torch.zeros_like(centre)).float()
+
+
+@functools.cache
+def rotation(dim: int) -> Tensor:
+    """The orthogonal matrix [D, D] of `rotate` in csrc/cpu/topk_exact.h: signs and Hadamard transforms, float64."""
+    size = 1 << (dim.bit_length() - 1)
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while hadamard.shape[0] < size:
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), hadamard)
+    result = torch.eye(dim, dtype=torch.float64)
+    for turn in range(1 if size == dim else 2):
+        h = [((i + 1) * 2654435761 + turn * 40503) % 2**32 for i in range(size)]
+        h = [(x ^ (x >> 15)) * 2246822519 % 2**32 for x in h]
+        signs = torch.tensor([-1.0 if (x ^ (x >> 13)) & 1 else 1.0 for x in h], dtype=torch.float64)
+        part = slice(0, size) if turn == 0 else slice(dim - size, dim)
+        step = torch.eye(dim, dtype=torch.float64)
+        step[part, part] = signs.unsqueeze(1) * hadamard / math.sqrt(size)
+        result = result @ step
+    return result
+
+
+def encode_rotated(vectors: Tensor, centre: Tensor) -> dict[str, Tensor]:
+    """The twin of the kernel of this name: codes of `(vectors - centre) @ rotation`, and what they miss."""
+    turned = (vectors.double() - centre.double()) @ rotation(vectors.shape[1]).to(vectors.device)
+    codes, scale = quantize_rows_int8(turned.float())
+    distance = row_norms(turned - codes.double() * scale.double().unsqueeze(-1))
+    return {"codes": codes, "scale": scale, "norm": row_norms(vectors), "residual": _as_bound(distance)}
 
 
 def decode(columns: dict[str, Tensor]) -> Tensor:
@@ -149,6 +216,7 @@ class Snapshot:
         last_id: the largest id there has ever been, -1 at first.
         runs: `(ids ascending, their positions)` pairs that together hold every id; None while ids ascend with the
             position, when the segments themselves can be searched.
+        centre: [D] float32, what the codes are rotated about; None where they are of the vectors as they are.
     """
 
     layout: Layout
@@ -156,6 +224,7 @@ class Snapshot:
     segments: tuple[Segment, ...] = ()
     last_id: int = -1
     runs: tuple[tuple[Tensor, Tensor], ...] | None = None
+    centre: Tensor | None = None
     count: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -181,6 +250,7 @@ class Snapshot:
     def append(self, vectors: Tensor, ids: Tensor) -> Snapshot:
         """The state with rows added; `ids` are new and distinct. Writes behind the rows of this state."""
         segments = list(self.segments)
+        centre = find_centre(vectors) if self.layout.rotates and self.count == 0 else self.centre
         done, total = 0, ids.numel()
         block = max(1, _BLOCK_ELEMENTS // self.layout.dim)
         while done < total:
@@ -190,13 +260,13 @@ class Snapshot:
             last = segments[-1]
             n = min(total - done, last.free, block)
             part = slice(done, done + n)
-            encoded = self.layout.encode(vectors[part]) | {"ids": ids[part]}
+            encoded = self.layout.encode(vectors[part], centre) | {"ids": ids[part]}
             for name, column in last.columns.items():
                 column[last.count : last.count + n] = encoded[name]
             segments[-1] = Segment(last.columns, last.count + n)
             done += n
         last_id = max(self.last_id, int(ids.max()))
-        return Snapshot(self.layout, self.device, tuple(segments), last_id, self._extended_runs(ids))
+        return Snapshot(self.layout, self.device, tuple(segments), last_id, self._extended_runs(ids), centre)
 
     def without(self, positions: Tensor) -> Snapshot:
         """The state that lacks the rows at `positions`; the rest moves up."""
@@ -211,14 +281,15 @@ class Snapshot:
         if self.runs is not None:
             ordered = torch.cat([positions.new_empty(0), *(s.ids() for s in segments)]).sort()
             runs = ((ordered.values, ordered.indices),)
-        return Snapshot(self.layout, self.device, tuple(segments), self.last_id, runs)
+        return Snapshot(self.layout, self.device, tuple(segments), self.last_id, runs, self.centre)
 
     def to(self, device: torch.device) -> Snapshot:
         segments = tuple(s.to(device) for s in self.segments)
         runs = self.runs
         if runs is not None:
             runs = tuple((known.to(device), where.to(device)) for known, where in runs)
-        return Snapshot(self.layout, device, segments, self.last_id, runs)
+        centre = None if self.centre is None else self.centre.to(device)
+        return Snapshot(self.layout, device, segments, self.last_id, runs, centre)
 
     def _new_segment(self, capacity: int) -> Segment:
         # A tensor made in inference mode could not be written to outside it, by the next add.
@@ -275,9 +346,13 @@ class IndexRows:
         self._layout = snapshot.layout
         self._segments = snapshot.segments
         self._positions = positions
+        self._rotated = snapshot.centre is not None
 
     def chunk(self, start: int, stop: int) -> Chunk:
+        # Rotated codes are for the kernels; here the vectors themselves are read.
         names = tuple(name for name in self._layout.columns() if name not in ("ids", "vectors"))
+        if self._rotated:
+            names = ("vectors", "norm")
         if self._positions is not None:
             columns = self._pick(self._positions[start:stop], names)
         else:
@@ -291,6 +366,8 @@ class IndexRows:
                 name: pieces[0][name] if len(pieces) == 1 else torch.cat([p[name] for p in pieces])
                 for name in names
             }
+        if self._rotated:
+            return Chunk(columns["vectors"], columns["norm"])
         return Chunk(columns["codes"], columns["norm"], columns.get("scale"), columns.get("residual"))
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -324,6 +401,8 @@ class IndexRows:
 def write_file(path: Path, snapshot: Snapshot, metadata: dict[str, str]) -> None:
     """Write a snapshot beside `path` and put it in place in one step; whatever goes wrong, an old file stays whole."""
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": VERSION, **metadata}}
+    if snapshot.centre is not None:
+        header["__metadata__"]["centre"] = snapshot.centre.cpu().numpy().tobytes().hex()
     offset = 0
     for name, (dtype, shape) in snapshot.layout.columns().items():
         full = (snapshot.count, *shape)
@@ -407,7 +486,10 @@ def read_file(path: Path, mmap: bool) -> tuple[Snapshot, dict[str, str]]:
     if metadata["ids_ascend"] != "true" and count:
         ordered = columns["ids"].sort()
         runs = ((ordered.values, ordered.indices),)
-    return Snapshot(layout, torch.device("cpu"), segments, int(metadata["last_id"]), runs), metadata
+    centre = None
+    if "centre" in metadata:
+        centre = torch.frombuffer(bytearray.fromhex(metadata["centre"]), dtype=torch.float32)
+    return Snapshot(layout, torch.device("cpu"), segments, int(metadata["last_id"]), runs, centre), metadata
 
 
 def _map(path: Path) -> Tensor:

@@ -138,6 +138,35 @@ def zero_shot(
     return probabilities, lse, labels
 
 
+def encode_rotated(vectors: Tensor, centre: Tensor) -> dict[str, Tensor]:
+    """int8 codes of `rotate(vector - centre)`, as columns of an index.
+
+    Args:
+        vectors: [n, D] float32.
+        centre: [D] float32.
+
+    Returns:
+        codes [n, D], scale [n], norm [n] (of the vectors) and residual [n], upper bounds on what the codes miss.
+    """
+    vectors, (n, d) = vectors.contiguous(), vectors.shape
+    columns = {
+        "codes": torch.empty((n, d), dtype=torch.int8),
+        **{name: torch.empty(n, dtype=torch.float32) for name in ("scale", "norm", "residual")},
+    }
+    outputs = {name: x.data_ptr() for name, x in columns.items()}
+    _native.call(
+        "FlatIndex.add",
+        _native.cpu.encode_codes,
+        vectors=vectors.data_ptr(),
+        centre=centre.data_ptr(),
+        n=n,
+        d=d,
+        threads=_native.threads(),
+        **outputs,
+    )
+    return columns
+
+
 def class_vectors(class_features: Tensor) -> Tensor:
     """[C, P, D] float32 or bfloat16 -> [C, D] float32: the mean of each class's normalised prompts."""
     c, p, d = class_features.shape

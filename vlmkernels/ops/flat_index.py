@@ -285,7 +285,9 @@ class FlatIndex:
                 allowed[found[found >= 0]] = True
         if _kernels_serve(snapshot):
             rows = kernel_rows(snapshot)
-            return _topk_cpu.search(op, wanted, rows, k, self._metric, allowed=allowed, mask=mask)
+            return _topk_cpu.search(
+                op, wanted, rows, k, self._metric, allowed=allowed, mask=mask, centre=snapshot.centre
+            )
         positions = None if allowed is None else allowed.nonzero().squeeze(1)
         scores, ids = scan_topk(wanted, IndexRows(snapshot, positions), k, self._metric, mask=mask)
         return scores, ids, None
@@ -312,7 +314,8 @@ class FlatIndex:
         if math.isnan(threshold):
             raise ValueError(f"vk.{op}: threshold must be a number, got {threshold}")
         if _kernels_serve(snapshot):
-            return _topk_cpu.range_search(op, wanted, kernel_rows(snapshot), float(threshold), self._metric)
+            rows = kernel_rows(snapshot)
+            return _topk_cpu.range_search(op, wanted, rows, float(threshold), self._metric, snapshot.centre)
         return scan_range(wanted, IndexRows(snapshot), threshold, self._metric)
 
     def save(self, path: str | os.PathLike[str]) -> None:
