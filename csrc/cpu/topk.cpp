@@ -59,7 +59,7 @@ Plan make_plan(const TopkCall& call, Dtype dtype, int64_t queries, int threads) 
   plan.pitch = round_up(d, 64);
   // Room for the rows that the bounds of coarser codes leave open, besides the k best.
   const int64_t room = dtype == Dtype::kI8     ? 8 * call.k + 448
-                       : dtype == Dtype::kBF16 ? 3 * call.k + 192
+                       : dtype == Dtype::kBF16 ? 3 * call.k + 64
                                                : 2 * call.k + 64;
   plan.capacity = std::min(room, rows + 1);
   const int64_t per_query =
@@ -193,6 +193,7 @@ class Search {
       scan.centre_norm = std::sqrt(square) * 1.00001;
     }
     // The vectors can tell more than the codes: a query that too many rows remain for starts again on them.
+    coarse_ = scan.codes == Dtype::kI8;
     may_widen_ = !wide && segments_.front().vectors.data != nullptr;
     scan.segments = segments_.data();
     scan.segment_count = static_cast<int64_t>(segments_.size());
@@ -335,15 +336,43 @@ class Search {
     TopkEntry* entries = scan.entries + slot * scan.capacity;
     int64_t count = scan.found[slot];
     if (count > k) {
-      std::vector<float> lower(static_cast<size_t>(count));
-      for (int64_t e = 0; e < count; ++e) lower[static_cast<size_t>(e)] = entries[e].lower;
-      std::nth_element(lower.begin(), lower.begin() + (k - 1), lower.end(), std::greater<float>());
-      const float kth = lower[static_cast<size_t>(k - 1)];
-      if (kth > scan.threshold[slot]) scan.threshold[slot] = kth;
+      raise_threshold(slot, kth_lower(entries, count));
+      count = keep_possible(entries, count, scan.threshold[slot]);
+    }
+    if (count > k && coarse_) {
+      // The bounds of codes are wide: the exact scores of the rows that look best exclude several times as many others.
+      raise_threshold(slot, score_best(i, entries, count, scored_[static_cast<size_t>(slot)]));
       count = keep_possible(entries, count, scan.threshold[slot]);
     }
     if (count > scan.capacity - scan.capacity / 4) count = resolve(part, i, entries, count);
     scan.found[slot] = static_cast<int32_t>(count);
+  }
+
+  void raise_threshold(int64_t slot, float to) {
+    if (to > scan.threshold[slot]) scan.threshold[slot] = to;
+  }
+
+  // The k-th largest lower bound, k below count; entries change places.
+  float kth_lower(TopkEntry* entries, int64_t count) const {
+    std::nth_element(entries, entries + (scan.k - 1), entries + count,
+                     [](const TopkEntry& a, const TopkEntry& b) { return a.lower > b.lower; });
+    return entries[scan.k - 1].lower;
+  }
+
+  // Scores the k entries that look best, which come first then; the threshold that follows from them.
+  float score_best(int64_t i, TopkEntry* entries, int64_t count, int64_t& scored) {
+    std::nth_element(entries, entries + (scan.k - 1), entries + count,
+                     [](const TopkEntry& a, const TopkEntry& b) { return a.upper + a.lower > b.upper + b.lower; });
+    score(i, entries, scan.k, scored);
+    float worst = kInfinity;
+    for (int64_t e = 0; e < scan.k; ++e) worst = std::min(worst, as_threshold(scan, i, entries[e].score));
+    return worst;
+  }
+
+  void score(int64_t i, TopkEntry* entries, int64_t count, int64_t& scored) const {
+    for (int64_t e = 0; e < count; ++e) scored += !entries[e].scored;
+    std::vector<char> room(static_cast<size_t>(exact_scratch()));
+    kernels().topk.exact(scan, i, entries, count, room.data());
   }
 
   static int64_t keep_possible(TopkEntry* entries, int64_t count, float threshold) {
@@ -363,17 +392,14 @@ class Search {
       scan.threshold[slot] = kInfinity;
       return 0;
     }
-    for (int64_t e = 0; e < count; ++e) scored += !entries[e].scored;
-    std::vector<char> room(static_cast<size_t>(exact_scratch()));
-    kernels().topk.exact(scan, i, entries, count, room.data());
+    score(i, entries, count, scored);
     if (count <= k) return count;
     auto better = [this](const TopkEntry& a, const TopkEntry& b) {
       return Ranked{a.score, label_of(scan.segments, a)} < Ranked{b.score, label_of(scan.segments, b)};
     };
     std::nth_element(entries, entries + (k - 1), entries + count, better);
     const float kth = entries[k - 1].score;
-    const float threshold = kth == kth ? as_threshold(scan, i, kth) : -kInfinity;
-    if (threshold > scan.threshold[slot]) scan.threshold[slot] = threshold;
+    if (kth == kth) raise_threshold(slot, as_threshold(scan, i, kth));
     return k;
   }
 
@@ -388,27 +414,13 @@ class Search {
       entries.insert(entries.end(), from, from + scan.found[slot]);
     }
     int64_t& scored = rescored_[static_cast<size_t>(share)];
-    auto score = [&](TopkEntry* from, int64_t count) {
-      for (int64_t e = 0; e < count; ++e) scored += !from[e].scored;
-      kernels().topk.exact(scan, i, from, count, scratch(share));
-    };
     auto count = static_cast<int64_t>(entries.size());
     if (count > k) {
-      // The k that look best are scored first: with their scores known, few others remain.
-      std::nth_element(entries.begin(), entries.begin() + (k - 1), entries.end(),
-                       [](const TopkEntry& a, const TopkEntry& b) { return a.lower > b.lower; });
-      count = k + keep_possible(entries.data() + k, count - k, entries[static_cast<size_t>(k - 1)].lower);
-      std::nth_element(entries.begin(), entries.begin() + (k - 1), entries.begin() + count,
-                       [](const TopkEntry& a, const TopkEntry& b) { return a.upper + a.lower > b.upper + b.lower; });
-      score(entries.data(), k);
-      float worst = kInfinity;
-      for (int64_t e = 0; e < k; ++e) {
-        const float threshold = as_threshold(scan, i, entries[static_cast<size_t>(e)].score);
-        worst = threshold < worst ? threshold : worst;
-      }
-      count = k + keep_possible(entries.data() + k, count - k, worst);
+      count = keep_possible(entries.data(), count, kth_lower(entries.data(), count));
+      // With the scores of those that look best known, few others remain.
+      if (count > k) count = keep_possible(entries.data(), count, score_best(i, entries.data(), count, scored));
     }
-    score(entries.data(), count);
+    score(i, entries.data(), count, scored);
     ranked.clear();
     for (int64_t e = 0; e < count; ++e) {
       const TopkEntry& entry = entries[static_cast<size_t>(e)];
@@ -454,7 +466,7 @@ class Search {
   const Plan& plan_;
   int threads_;
   std::vector<TopkSegment> segments_;
-  bool may_widen_ = false;
+  bool coarse_ = false, may_widen_ = false;
   int64_t rows_ = 0;
   char* scratch_ = nullptr;
   std::vector<int64_t> scored_;  // [row part, query] rows scored while scanning

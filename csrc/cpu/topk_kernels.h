@@ -44,6 +44,15 @@ inline uint32_t lane_bits(VecI condition) {
 #endif
 }
 
+// Lanes that are not below the threshold; NaN, on either side, is not.
+inline uint32_t lanes_at_least(VecF x, VecF threshold) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)threshold, _CMP_NLT_UQ);
+#else
+  return ~lane_bits(x < threshold) & ((1u << (kLanes - 1) << 1) - 1u);
+#endif
+}
+
 // Norm of a row to within D u: in float32, and again in float64 where squares may have left the range.
 inline float norm_of_square(const Matrix& m, int64_t row, int64_t d, float square) {
   if (square > 1e-24f && square < 1e36f) return __builtin_sqrtf(square);
@@ -133,10 +142,9 @@ inline bool out_of_range(const TopkScan& s, int64_t i, const RowBlock& b) {
   return !((a + x) * (a + x) < 1e36 && x * x * static_cast<double>(s.queries.shift[i]) < 1e36);
 }
 
-// A score that passed the comparison: once more with its own bounds, then into the query's buffer.
-inline void consider(const TopkScan& s, int64_t part, int64_t i, const RowBlock& b, int j, float v, float product,
+// A row that passed the comparison: once more with its own bounds, then into the query's buffer.
+inline void consider(const TopkScan& s, int64_t part, int64_t i, const RowBlock& b, int j, float product,
                      bool unknown) {
-  const int64_t row = b.row(j);
   if (s.mask && !s.mask[s.query_row(i) * s.mask_stride + b.segment->first + b.first + j]) return;
   const int64_t slot = part * s.padded + i;
   float upper = kInfinity, lower = -kInfinity;
@@ -146,7 +154,8 @@ inline void consider(const TopkScan& s, int64_t part, int64_t i, const RowBlock&
     const float extra = s.queries.loose[i] * b.loose[j] + s.queries.slack[i];
     float total = b.margin[j] + extra;
     if (s.metric == Metric::kL2) total -= 1.01f * s.eta * b.by_shift[j] * s.queries.shift[i];
-    upper = v + extra;
+    const float v = product * b.factor[j] * s.queries.factor[i] + b.by_shift[j] * s.queries.shift[i];
+    upper = v + (b.margin[j] + extra);
     lower = upper - 2.0001f * total;
   }
   if (upper < s.threshold[slot]) return;
@@ -157,14 +166,12 @@ inline void consider(const TopkScan& s, int64_t part, int64_t i, const RowBlock&
   entry.logit = product * b.factor[j] * (s.logit_scale * s.queries.factor[i]);
   entry.segment = b.segment_index;
   entry.scored = 0;
-  entry.row = row;
+  entry.row = b.row(j);
   if (++s.found[slot] == s.capacity) s.full(s, part, i);
 }
 
 // A first threshold from the first block: the k largest of the lanes' maxima belong to k different rows.
-inline float first_threshold(const TopkScan& s, int64_t i, const RowBlock& b, const float* v) {
-  VecF largest = splat(-kInfinity);
-  for (int j = 0; j < b.vecs; ++j) largest = max_keep(largest, load(v + j * kLanes));
+inline float first_threshold(const TopkScan& s, int64_t i, const RowBlock& b, VecF largest) {
   alignas(64) float lanes[kLanes];
   store(lanes, largest);
   float kth = kInfinity;
@@ -200,44 +207,64 @@ inline void add_exponentials(const TopkScan& s, int64_t slot, const RowBlock& b,
   s.lse_sum[slot] = s.lse_sum[slot] * exp_nonpositive(splat(old_max) - shift)[0] + reduce_add(sum);
 }
 
-// `rows` queries from `first` against a block: products in `strip`, kTopkStride apart.
-inline void select_strip(const TopkScan& s, int64_t part, int64_t first, int rows, const RowBlock& b,
-                         const float* strip) {
+// A register of products: sums of bytes become numbers, less what the offset of the left operand added.
+template <bool kBytes>
+VecF products_at(const float* strip, const RowBlock& b, int at) {
+  if constexpr (kBytes) {
+    const VecI offset = (VecI)load(reinterpret_cast<const float*>(b.compensation + at));
+    return __builtin_convertvector((VecI)load(strip + at) - offset, VecF);
+  } else {
+    return load(strip + at);
+  }
+}
+
+// `rows` queries from `first` against a block: products in `strip`, kTopkStride apart. kShift: `by_shift` is not 0.
+template <bool kBytes, bool kShift>
+void select_rows(const TopkScan& s, int64_t part, int64_t first, int rows, const RowBlock& b, const float* strip) {
   const TopkQueries& q = s.queries;
-  alignas(64) float v[kTopkBlock];
+  uint32_t passed[kTopkBlock / kLanes];
   for (int r = 0; r < rows; ++r) {
     const int64_t i = first + r, slot = part * s.padded + i;
     const float* product = strip + r * kTopkStride;
     const float factor = q.factor[i], shift = q.shift[i];
     if (s.lse_sum) add_exponentials(s, slot, b, product, factor);
     const bool unknown = out_of_range(s, i, b);
-    bool seed = s.threshold[slot] == -kInfinity && !s.fixed && !s.mask && !unknown && !b.special && s.k <= kLanes &&
-                b.count >= 2 * kLanes;
-    float threshold = s.threshold[slot] - q.loose[i] * b.largest_loose - q.slack[i];
-    if (unknown) threshold = __builtin_nanf("");
-    for (int j = 0; j < b.vecs; ++j) {
-      const int at = j * kLanes;
-      VecF x = load(product + at) * load(b.factor + at);
-      x = x * factor + (load(b.by_shift + at) * shift + load(b.margin + at));
-      if (seed) {
-        store(v + at, x);
-        continue;
-      }
-      uint32_t bits = ~lane_bits(x < threshold) & ((1u << (kLanes - 1) << 1) - 1u);
-      if (bits == 0) continue;
-      store(v + at, x);
-      for (; bits != 0; bits &= bits - 1) {
-        const int lane = at + __builtin_ctz(bits);
-        if (lane < b.count) consider(s, part, i, b, lane, v[lane], product[lane], unknown);
-      }
+    auto bounded = [&](int at) {
+      const VecF x = products_at<kBytes>(product, b, at) * load(b.factor + at);
+      if constexpr (kShift) return x * factor + (load(b.by_shift + at) * shift + load(b.margin + at));
+      return x * factor + load(b.margin + at);
+    };
+    if (s.threshold[slot] == -kInfinity && !s.fixed && !s.mask && !unknown && !b.special && s.k <= kLanes &&
+        b.count >= 2 * kLanes) {
+      VecF largest = splat(-kInfinity);
+      for (int j = 0; j < b.vecs; ++j) largest = max_keep(largest, bounded(j * kLanes));
+      s.threshold[slot] = first_threshold(s, i, b, largest);
     }
-    if (!seed) continue;
-    s.threshold[slot] = first_threshold(s, i, b, v);
-    threshold = s.threshold[slot] - q.loose[i] * b.largest_loose - q.slack[i];
-    for (int lane = 0; lane < b.count; ++lane) {
-      if (!(v[lane] < threshold)) consider(s, part, i, b, lane, v[lane], product[lane], false);
+    const float limit = s.threshold[slot] - q.loose[i] * b.largest_loose - q.slack[i];
+    const VecF threshold = splat(unknown ? __builtin_nanf("") : limit);
+    uint32_t any = 0;
+#pragma GCC unroll 3
+    for (int j = 0; j < b.vecs; ++j) {
+      passed[j] = lanes_at_least(bounded(j * kLanes), threshold);
+      any |= passed[j];
+    }
+    if (any == 0) continue;
+    for (int j = 0; j < b.vecs; ++j) {
+      if (passed[j] == 0) continue;
+      alignas(64) float values[kLanes];
+      store(values, products_at<kBytes>(product, b, j * kLanes));
+      for (uint32_t bits = passed[j]; bits != 0; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits), at = j * kLanes + lane;
+        if (at < b.count) consider(s, part, i, b, at, values[lane], unknown);
+      }
     }
   }
+}
+
+template <bool kBytes>
+void select_strip(const TopkScan& s, int64_t part, int64_t first, int rows, const RowBlock& b, const float* strip) {
+  const bool shifts = s.metric == Metric::kL2 || (s.metric == Metric::kCosine && s.rotated);
+  (shifts ? select_rows<kBytes, true> : select_rows<kBytes, false>)(s, part, first, rows, b, strip);
 }
 
 // Whether the mask leaves any of `rows` queries a row of the block.
@@ -435,16 +462,7 @@ void scan_packed(const TopkScan& s, int64_t part, int64_t row0, int64_t row1, in
       if (s.mask && !any_allowed(s, i, rows, b)) continue;
       topk_product<Op>(s.queries.left + i * units, right, units, rows, b.count, reinterpret_cast<Element*>(strip),
                        longest);
-      if constexpr (kBytes) {
-        for (int r = 0; r < rows; ++r) {
-          for (int j = 0; j < b.vecs; ++j) {
-            float* at = strip + r * kTopkStride + j * kLanes;
-            const VecI sum = (VecI)load(at) - (VecI)load(reinterpret_cast<const float*>(b.compensation) + j * kLanes);
-            store(at, __builtin_convertvector(sum, VecF));
-          }
-        }
-      }
-      select_strip(s, part, i, rows, b, strip);
+      select_strip<kBytes>(s, part, i, rows, b, strip);
     }
   });
 }
@@ -569,7 +587,7 @@ void scan_stream(const TopkScan& s, int64_t part, int64_t row0, int64_t row1, in
       if (find_norms) b.norm[j] = norm_of_square(m, index, s.d, square);
     }
     describe_block(s, b, false);
-    select_strip(s, part, q0, static_cast<int>(q1 - q0), b, strip);
+    select_strip<false>(s, part, q0, static_cast<int>(q1 - q0), b, strip);
   });
 }
 
