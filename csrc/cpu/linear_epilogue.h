@@ -26,7 +26,7 @@ inline void store_result(void* out, Dtype dtype, int64_t at, VecF v, int count) 
     }
     return;
   }
-  const HalfWords half = __builtin_convertvector(to_bf16_bits(v), HalfWords);
+  const HalfWords half = to_bf16(v);
   std::memcpy(static_cast<uint16_t*>(out) + at, &half, sizeof(uint16_t) * static_cast<size_t>(count));
 }
 

@@ -19,8 +19,23 @@ namespace vk::cpu::VK_ISA_NAMESPACE {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-typedef int8_t CodeBytes __attribute__((vector_size(kLanes)));
-typedef uint8_t NibbleBytes __attribute__((vector_size(kLanes)));
+// One register's worth of bytes as integers. By instruction where there is one: gcc takes the generic conversion apart.
+inline VecI widen_codes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (VecI)_mm512_maskz_cvtepi8_epi32((__mmask16)-1, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (VecI)_mm256_cvtepi8_epi32(_mm_loadu_si64(p));
+#elif defined(__SSE4_1__) && VK_VECTOR_BYTES == 16
+  return (VecI)_mm_cvtepi8_epi32(_mm_loadu_si32(p));
+#else
+  VecI v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// The same of zero points, which are below 16 and so have no sign either way.
+inline VecI widen_zeros(const char* p) { return widen_codes(reinterpret_cast<const int8_t*>(p)); }
 
 // Where the parts of a packed weight begin, in bytes.
 struct PackedLayout {
@@ -194,9 +209,10 @@ inline float scale_of_row(const LinearProblem& p, const Matrix& m) {
 struct RowQuantizer {
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
   float scale, inverse;
-  bool usable, invertible;
+  bool usable, invertible, may_leave;  // may_leave: the scale is not the row's own
 
-  explicit RowQuantizer(float s) : scale(s), inverse(1.0f / s), usable(s > 0.0f), invertible(s > 1e-30f && s < 1e30f) {}
+  RowQuantizer(float s, bool fixed)
+      : scale(s), inverse(1.0f / s), usable(s > 0.0f), invertible(s > 1e-30f && s < 1e30f), may_leave(fixed) {}
 
   static VecF clamp(VecF ratio) {
     ratio = ratio > 127.0f ? splat(127.0f) : ratio;
@@ -210,20 +226,24 @@ struct RowQuantizer {
   void operator()(VecF (&x)[N], VecI (&codes)[N]) const {
 #if defined(__AVX512F__)
     if (__builtin_expect(invertible, 1)) {
-      // The product with the inverse is within 1.6e-5 of the quotient, so only near a tie can it round to another code.
+      // The product with the inverse is within 1.6e-5 of the quotient, so only near a tie can it round to another code;
+      // the row's own largest magnitude stays within 127 without a clamp.
       constexpr float kNearTie = 0.5f - 3e-5f;
       VecF ratio[N];
-      uint32_t near = 0;
+      VecF farthest = {};
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) ratio[j] = clamp(x[j] * inverse);
+      for (int j = 0; j < N; ++j) {
+        ratio[j] = x[j] * inverse;
+        if (may_leave) ratio[j] = clamp(ratio[j]);
+      }
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) {
         const VecF shifted = ratio[j] + kRound;
         const VecF distance = magnitude(ratio[j] - (shifted - kRound));
-        near |= _mm512_cmp_ps_mask((__m512)distance, (__m512)splat(kNearTie), _CMP_GT_OQ);
+        farthest = (VecF)_mm512_maskz_max_ps((__mmask16)-1, (__m512)farthest, (__m512)distance);
         codes[j] = (VecI)shifted - ((VecI)splat(kRound) - OpI8::kLeftOffset);
       }
-      if (__builtin_expect(near == 0, 1)) return;
+      if (__builtin_expect(_mm512_cmp_ps_mask((__m512)farthest, (__m512)splat(kNearTie), _CMP_GT_OQ) == 0, 1)) return;
     }
 #endif
     for (int j = 0; j < N; ++j) codes[j] = (usable ? code(clamp(x[j] / scale)) : VecI{}) + OpI8::kLeftOffset;
@@ -237,7 +257,7 @@ inline VecU code_units(const VecI (&c)[4]) {
   const __m512i high = _mm512_packus_epi32((__m512i)c[2], (__m512i)c[3]);
   // The packs work within quarters of a register, which leaves the units transposed, four by four.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return (VecU)_mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
+  return (VecU)_mm512_maskz_permutexvar_epi32((__mmask16)-1, order, _mm512_packus_epi16(low, high));
 }
 #else
 // Two registers of codes as one register of units, in order.
@@ -277,7 +297,7 @@ inline void prepare_int8(const LinearProblem& p, int64_t row0, int64_t row1, uin
           }
         }
         VecI codes[kPerUnit];
-        RowQuantizer{scales[i]}(x, codes);
+        RowQuantizer(scales[i], p.static_scale)(x, codes);
         v[i] = code_units(codes);
       }
       const int count = static_cast<int>(units - unit < kLanes ? units - unit : kLanes);

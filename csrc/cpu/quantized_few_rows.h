@@ -66,8 +66,8 @@ inline bool few_prepare(const LinearProblem& p, char* out) {
           const VecI digit = (rest << 24) >> 24;
           rest = (rest - digit) >> 8;
           sums[d] += digit;
-          const CodeBytes bytes = __builtin_convertvector(digit, CodeBytes);
-          std::memcpy(digits + d * p.k + k, &bytes, sizeof bytes);
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + d * p.k + k),
+                           _mm512_maskz_cvtepi32_epi8((__mmask16)-1, (__m512i)digit));
         }
       }
       terms[g].unit = most > 0.0f ? power(-shift) : 0.0f;
@@ -87,7 +87,7 @@ void few_rows_of(const LinearProblem& p, int64_t col0, int64_t col1, const char*
     const char* at = block + layout.zero_points;
     VecF out[M] = {};
     for (int64_t g = 0; g < rows.groups; ++g) {
-      const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + g * kLanes)));
+      const auto zero = (__m512i)widen_zeros(block + g * kLanes);
       const VecF scale = load(reinterpret_cast<const float*>(at));
       at += kLanes * 4;
       __m512i sum[M][kDigits];
@@ -123,7 +123,7 @@ void few_rows_of(const LinearProblem& p, int64_t col0, int64_t col1, const char*
       }
     }
     const int count = static_cast<int>(p.n - col < kLanes ? p.n - col : kLanes);
-    alignas(VK_VECTOR_BYTES) float strip[M * kCols];
+    alignas(VK_VECTOR_BYTES) float strip[M * kCols] = {};
     for (int r = 0; r < M; ++r) store(strip + r * kCols, out[r]);
     epilogue<OpF32>(p, ColumnTerms{}, strip, 0, M, col, count);
   }

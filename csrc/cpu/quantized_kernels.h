@@ -36,9 +36,7 @@ void dequantize_int8(const LinearProblem& p, const PackedLayout& layout, int64_t
   const auto* codes = reinterpret_cast<const int8_t*>(p.packed + layout.panels +
                                                       col * PackedLayout::depth_bytes(WeightKind::kInt8, p.k));
   auto values = [&](int64_t k, int64_t lane) {
-    CodeBytes bytes;
-    std::memcpy(&bytes, codes + k * width + lane, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, VecI), VecF);
+    return __builtin_convertvector(widen_codes(codes + k * width + lane), VecF);
   };
   for (int64_t s = 0; s < count; ++s) {
     for (int64_t lane = 0; lane < width; lane += kLanes) {
@@ -60,9 +58,7 @@ inline void dequantize_int4(const LinearProblem& p, const PackedLayout& layout, 
     for (int64_t at = k; at < k + count; at += 8) {
       const int64_t g = at / p.group;
       const char* group = block + layout.zero_points + g * group_bytes;
-      NibbleBytes bytes;
-      std::memcpy(&bytes, block + g * kLanes, sizeof bytes);
-      const VecI zero = __builtin_convertvector(bytes, VecI);
+      const VecI zero = widen_zeros(block + g * kLanes);
       const VecF scale = load(reinterpret_cast<const float*>(group));
       const VecU packed =
           load_units(reinterpret_cast<const uint32_t*>(group + kLanes * 4) + (at - g * p.group) / 8 * kLanes);

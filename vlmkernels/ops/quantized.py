@@ -246,6 +246,10 @@ def quantized_linear(
         raise TypeError(
             f"vk.{op}: qweight must be a QuantizedWeight (vk.quantize_weight), got {type(qweight).__name__}"
         )
+    if isinstance(x, Tensor) and backend in (None, "cpu"):
+        y = _plain_call(x, qweight, bias, activation, residual, input_scale)
+        if y is not None:
+            return y
     x, _, bias = operands_under_autocast(op, x, None, bias, residual)
     input_scale = _input_scale_tensor(op, input_scale, x.device)
     tensors = (qweight.weight_q, qweight.scale, qweight.zero_point)
@@ -276,6 +280,47 @@ def quantized_linear(
         )
     return _quantized_linear(
         x, *tensors, qweight.packed(name), bias, residual, input_scale, qweight.scheme, activation, name
+    )
+
+
+def _plain_call(
+    x: Tensor,
+    qweight: QuantizedWeight,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    input_scale: float | Tensor | None,
+) -> Tensor | None:
+    """The CPU kernel at once, where nothing but it is asked for and all is well; None for everything else."""
+    packed = qweight.packed("cpu")
+    n, k = qweight.shape
+    if (
+        packed is None
+        or not _linear_cpu.plain(x, bias, residual)
+        or x.ndim == 0
+        or x.shape[-1] != k
+        or k > _linear_cpu.LARGEST_K
+        or input_scale is not None
+        or activation not in _check.ACTIVATIONS
+        or (bias is not None and (bias.dtype != x.dtype or bias.shape != (n,)))
+    ):
+        return None
+    out = x.new_empty((*x.shape[:-1], n))
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != out.shape):
+        return None
+    return _linear_cpu.forward(
+        "quantized_linear",
+        _linear_cpu.KINDS[qweight.scheme],
+        x,
+        (n, k),
+        qweight.group_size or 0,
+        packed,
+        None,
+        bias,
+        activation,
+        residual,
+        None,
+        out,
     )
 
 
