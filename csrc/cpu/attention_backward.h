@@ -204,7 +204,7 @@ struct BackwardItem {
     fetcher.spread(group * item.lq / 2 + (3 * group * item.lq + 2 * keys.count) / kBlockRows);
   }
 
-  Rows rows_of(const AttentionTensor& t, int64_t start, int64_t head, const int32_t* index, int64_t first) const {
+  HeadRows rows_of(const AttentionTensor& t, int64_t start, int64_t head, const int32_t* index, int64_t first) const {
     return {&t, offset_of(t, item.batch, start, head), index, first};
   }
 
@@ -213,8 +213,8 @@ struct BackwardItem {
   }
 
   void pack_queries(int64_t head, int64_t q, int64_t count) const {
-    const Rows queries = rows_of(call.q, item.q_start, head, nullptr, q);
-    const Rows upstream = rows_of(call.grad_out, item.q_start, head, nullptr, q);
+    const HeadRows queries = rows_of(call.q, item.q_start, head, nullptr, q);
+    const HeadRows upstream = rows_of(call.grad_out, item.q_start, head, nullptr, q);
     pack_left<Op>(queries, count, call.d, buffer.q_left, width);
     pack_left<Op>(upstream, count, call.dv, buffer.upstream_left, value_width);
     if constexpr (Op::kDepthPerUnit == 2) {

@@ -114,7 +114,7 @@ struct ForwardItem {
     fetcher.spread(group * queries + 2 * group * queries / kBlockRows);
   }
 
-  Rows rows_of(const AttentionTensor& t, int64_t start, int64_t head, const int32_t* index, int64_t first) const {
+  HeadRows rows_of(const AttentionTensor& t, int64_t start, int64_t head, const int32_t* index, int64_t first) const {
     return {&t, offset_of(t, item.batch, start, head), index, first};
   }
 

@@ -261,7 +261,7 @@ inline int64_t offset_of(const AttentionTensor& t, int64_t batch, int64_t row, i
 }
 
 // The rows of one head of one sequence: row i of the list is row `index[i]` (or first + i) of the sequence.
-struct Rows {
+struct HeadRows {
   const AttentionTensor* tensor;
   int64_t base;          // element offset of the sequence's first row
   const int32_t* index;  // null: consecutive
@@ -310,7 +310,7 @@ VecU load_elements(const void* data, int64_t at, int64_t col_stride, int64_t cou
 
 // Left operand: rows of units, [count][ld].
 template <class Op>
-void pack_left(const Rows& rows, int64_t count, int64_t width, uint32_t* out, int64_t ld) {
+void pack_left(const HeadRows& rows, int64_t count, int64_t width, uint32_t* out, int64_t ld) {
   const int64_t elements = kLanes * Op::kDepthPerUnit;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = rows.offset(i);
@@ -323,7 +323,7 @@ void pack_left(const Rows& rows, int64_t count, int64_t width, uint32_t* out, in
 
 // Right operand of a product over the rows: [units of count][ld], bf16 in pairs of rows.
 template <class Op>
-void pack_right(const Rows& rows, int64_t count, int64_t width, uint32_t* out, int64_t ld) {
+void pack_right(const HeadRows& rows, int64_t count, int64_t width, uint32_t* out, int64_t ld) {
   if constexpr (Op::kDepthPerUnit == 1) {
     pack_left<Op>(rows, count, width, out, ld);
   } else {
@@ -350,7 +350,7 @@ void pack_right(const Rows& rows, int64_t count, int64_t width, uint32_t* out, i
 
 // Right operand of a product along the rows: [units of width][ld], column i = row i; zeros up to a whole register.
 template <class Op>
-void pack_transposed(const Rows& rows, int64_t count, int64_t width, uint32_t* out, int64_t ld) {
+void pack_transposed(const HeadRows& rows, int64_t count, int64_t width, uint32_t* out, int64_t ld) {
   const int64_t units = ceil_div(width, Op::kDepthPerUnit), stride = rows.tensor->col_stride;
   for (int64_t i = 0; i < count; i += kLanes) {
     int64_t at[kLanes];
