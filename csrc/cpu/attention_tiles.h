@@ -16,7 +16,6 @@ namespace vk::cpu::VK_ISA_NAMESPACE {
 inline constexpr int kBlockRows = 6, kBlockVecs = 4;
 inline constexpr int kGrain = kLanes / 2;  // columns are computed in multiples of half a register: 256-bit costs half
 typedef float HalfF __attribute__((vector_size(VK_VECTOR_BYTES / 2)));
-typedef float HalfFUnaligned __attribute__((vector_size(VK_VECTOR_BYTES / 2), aligned(4), may_alias));
 typedef uint32_t HalfU __attribute__((vector_size(VK_VECTOR_BYTES / 2)));
 typedef uint32_t HalfUUnaligned __attribute__((vector_size(VK_VECTOR_BYTES / 2), aligned(4), may_alias));
 

@@ -14,14 +14,13 @@ namespace vk::cpu::VK_ISA_NAMESPACE {
 inline constexpr int kDoubles = kLanes / 2;
 typedef double VecD __attribute__((vector_size(VK_VECTOR_BYTES)));
 typedef double VecDUnaligned __attribute__((vector_size(VK_VECTOR_BYTES), aligned(8), may_alias));
-typedef float HalfF __attribute__((vector_size(VK_VECTOR_BYTES / 2), aligned(4), may_alias));
 typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 inline constexpr double kNormFloorSquare = 0x1.357c299a88ea7p-80;  // 1e-12 squared, as the reference rounds it
 
 inline VecD load_doubles(const double* p) { return *reinterpret_cast<const VecDUnaligned*>(p); }
 inline void store_doubles(double* p, VecD v) { *reinterpret_cast<VecDUnaligned*>(p) = v; }
-inline VecD widen(const float* p) { return __builtin_convertvector(*reinterpret_cast<const HalfF*>(p), VecD); }
+inline VecD widen(const float* p) { return __builtin_convertvector(*reinterpret_cast<const HalfFUnaligned*>(p), VecD); }
 inline VecF from_bytes(const int8_t* p) {
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(p), VecI), VecF);
 }

@@ -25,6 +25,8 @@ typedef uint32_t VecU __attribute__((vector_size(VK_VECTOR_BYTES)));
 typedef float VecFUnaligned __attribute__((vector_size(VK_VECTOR_BYTES), aligned(4), may_alias));
 typedef uint32_t VecUUnaligned __attribute__((vector_size(VK_VECTOR_BYTES), aligned(4), may_alias));
 typedef uint16_t HalfWords __attribute__((vector_size(VK_VECTOR_BYTES / 2), aligned(2), may_alias));
+// Half a register of float32.
+typedef float HalfFUnaligned __attribute__((vector_size(VK_VECTOR_BYTES / 2), aligned(4), may_alias));
 
 inline constexpr float kInfinity = __builtin_inff();
 
