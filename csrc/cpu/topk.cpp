@@ -214,6 +214,7 @@ class Search {
     scan.queries.count = count;
     const int64_t slots = scan.padded * plan_.row_parts;
     std::fill_n(scan.threshold, slots, -kInfinity);
+    scan.threshold_stride = scan.lse_sum ? scan.padded : 0;
     std::fill_n(scan.found, slots, 0);
     std::fill(scored_.begin(), scored_.end(), 0);
     std::fill(widened_.begin(), widened_.end(), 0);
@@ -267,7 +268,7 @@ class Search {
     hits_.resize(static_cast<size_t>(scan.padded) * plan_.row_parts);
     for (int64_t i = 0; i < scan.queries.count; ++i) {
       for (int part = 0; part < plan_.row_parts; ++part)
-        scan.threshold[part * scan.padded + i] = as_threshold(scan, i, static_cast<double>(limit));
+        scan.threshold[part * scan.threshold_stride + i] = as_threshold(scan, i, static_cast<double>(limit));
     }
   }
 
@@ -336,20 +337,16 @@ class Search {
     TopkEntry* entries = scan.entries + slot * scan.capacity;
     int64_t count = scan.found[slot];
     if (count > k) {
-      raise_threshold(slot, kth_lower(entries, count));
-      count = keep_possible(entries, count, scan.threshold[slot]);
+      scan.raise_threshold(part, i, kth_lower(entries, count));
+      count = keep_possible(entries, count, scan.threshold_of(part, i));
     }
     if (count > k && coarse_) {
       // The bounds of codes are wide: the exact scores of the rows that look best exclude several times as many others.
-      raise_threshold(slot, score_best(i, entries, count, scored_[static_cast<size_t>(slot)]));
-      count = keep_possible(entries, count, scan.threshold[slot]);
+      scan.raise_threshold(part, i, score_best(i, entries, count, scored_[static_cast<size_t>(slot)]));
+      count = keep_possible(entries, count, scan.threshold_of(part, i));
     }
     if (count > scan.capacity - scan.capacity / 4) count = resolve(part, i, entries, count);
     scan.found[slot] = static_cast<int32_t>(count);
-  }
-
-  void raise_threshold(int64_t slot, float to) {
-    if (to > scan.threshold[slot]) scan.threshold[slot] = to;
   }
 
   // The k-th largest lower bound, k below count; entries change places.
@@ -389,7 +386,7 @@ class Search {
     int64_t& scored = scored_[static_cast<size_t>(slot)];
     if (may_widen_ && scored > std::max<int64_t>(4096, rows_ / 64)) {
       part_widened_[static_cast<size_t>(slot)] = 1;
-      scan.threshold[slot] = kInfinity;
+      scan.raise_threshold(part, i, kInfinity);
       return 0;
     }
     score(i, entries, count, scored);
@@ -399,7 +396,7 @@ class Search {
     };
     std::nth_element(entries, entries + (k - 1), entries + count, better);
     const float kth = entries[k - 1].score;
-    if (kth == kth) raise_threshold(slot, as_threshold(scan, i, kth));
+    if (kth == kth) scan.raise_threshold(part, i, as_threshold(scan, i, kth));
     return k;
   }
 

@@ -87,8 +87,12 @@ struct TopkScan {
   const uint8_t* mask = nullptr;  // [N, rows] by position, 0 leaves a row out
   int64_t mask_stride = 0;
 
-  // By part of the rows, then by query: the running threshold and the candidates above it.
+  // The running threshold of a query. Parts share it, and may do so without order: whatever one of them writes, k rows
+  // reach for certain. Only where the sum of exponentials depends on which rows were scored, each has its own.
   float* threshold = nullptr;
+  int64_t threshold_stride = 0;  // between parts
+
+  // By part of the rows, then by query: the candidates above the threshold.
   int32_t* found = nullptr;
   TopkEntry* entries = nullptr;
   int64_t capacity = 0;
@@ -100,6 +104,15 @@ struct TopkScan {
   // Where set: maximum and shifted sum of exp(logit_scale * cosine), by part and query.
   float logit_scale = 0.0f;
   float *lse_max = nullptr, *lse_sum = nullptr;
+
+  float threshold_of(int64_t part, int64_t i) const {
+    float value;
+    __atomic_load(threshold + part * threshold_stride + i, &value, __ATOMIC_RELAXED);
+    return value;
+  }
+  void raise_threshold(int64_t part, int64_t i, float to) const {
+    if (to > threshold_of(part, i)) __atomic_store(threshold + part * threshold_stride + i, &to, __ATOMIC_RELAXED);
+  }
 
   int64_t query_row(int64_t i) const { return which ? which[i] : first_query + i; }
 };

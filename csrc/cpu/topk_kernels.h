@@ -158,7 +158,7 @@ inline void consider(const TopkScan& s, int64_t part, int64_t i, const RowBlock&
     upper = v + (b.margin[j] + extra);
     lower = upper - 2.0001f * total;
   }
-  if (upper < s.threshold[slot]) return;
+  if (upper < s.threshold_of(part, i)) return;
   TopkEntry& entry = s.entries[slot * s.capacity + s.found[slot]];
   entry.upper = upper;
   entry.lower = lower;
@@ -234,13 +234,15 @@ void select_rows(const TopkScan& s, int64_t part, int64_t first, int rows, const
       if constexpr (kShift) return x * factor + (load(b.by_shift + at) * shift + load(b.margin + at));
       return x * factor + load(b.margin + at);
     };
-    if (s.threshold[slot] == -kInfinity && !s.fixed && !s.mask && !unknown && !b.special && s.k <= kLanes &&
+    float reached = s.threshold_of(part, i);
+    if (reached == -kInfinity && !s.fixed && !s.mask && !unknown && !b.special && s.k <= kLanes &&
         b.count >= 2 * kLanes) {
       VecF largest = splat(-kInfinity);
       for (int j = 0; j < b.vecs; ++j) largest = max_keep(largest, bounded(j * kLanes));
-      s.threshold[slot] = first_threshold(s, i, b, largest);
+      reached = first_threshold(s, i, b, largest);
+      s.raise_threshold(part, i, reached);
     }
-    const float limit = s.threshold[slot] - q.loose[i] * b.largest_loose - q.slack[i];
+    const float limit = reached - q.loose[i] * b.largest_loose - q.slack[i];
     const VecF threshold = splat(unknown ? __builtin_nanf("") : limit);
     uint32_t any = 0;
 #pragma GCC unroll 3
