@@ -115,6 +115,29 @@ void forward(LinearCall& call, Address workspace, int threads) {
   cpu::linear_forward(call, threads);
 }
 
+// Gradients of `forward`, whose weight for the product with the gradient is `weight` in its canonical tensors.
+cpu::LinearGradients make_gradients(const LinearCall& forward, const RowsArgument& grad_out, bool half,
+                                    const WeightArgument& weight, Address scale, Address zero_point, Address grad_x,
+                                    Address grad_weight, Address grad_bias, int dtype) {
+  cpu::LinearGradients call;
+  const auto& p = forward.problem;
+  call.forward = forward;
+  call.weight = canonical(weight, scale, zero_point, p.n, p.k, p.group);
+  call.grad_out = rows_of(grad_out);
+  call.half = half;
+  call.grad_x = pointer<void>(grad_x);
+  call.grad_weight = pointer<void>(grad_weight);
+  call.grad_bias = pointer<void>(grad_bias);
+  call.grad_x_dtype = call.grad_weight_dtype = call.grad_bias_dtype = float_dtype(dtype);
+  return call;
+}
+
+void backward(cpu::LinearGradients& call, Address workspace, int threads) {
+  const py::gil_scoped_release release;
+  call.workspace = pointer<char>(workspace);
+  cpu::linear_backward(call, threads);
+}
+
 }  // namespace
 
 void bind_quantized(py::module_& m) {
@@ -125,10 +148,16 @@ void bind_quantized(py::module_& m) {
            py::arg("scale_dtype"))
       .def("set_weight", &set_weight, py::arg("weight"))
       .def("workspace", &cpu::linear_workspace, py::arg("threads"));
+  py::class_<cpu::LinearGradients>(m, "LinearGradients")
+      .def(py::init(&make_gradients), py::arg("forward"), py::arg("grad_out"), py::arg("half"), py::arg("weight"),
+           py::arg("scale"), py::arg("zero_point"), py::arg("grad_x"), py::arg("grad_weight"), py::arg("grad_bias"),
+           py::arg("dtype"))
+      .def("workspace", &cpu::linear_backward_workspace, py::arg("threads"));
   m.def("packed_weight_bytes", &packed_weight_bytes, py::arg("kind"), py::arg("n"), py::arg("k"), py::arg("group"));
   m.def("pack_weight", &pack_weight, py::arg("kind"), py::arg("codes"), py::arg("scale"), py::arg("zero_point"),
         py::arg("n"), py::arg("k"), py::arg("group"), py::arg("packed"), py::arg("threads"));
   m.def("linear_forward", &forward, py::arg("call"), py::arg("workspace"), py::arg("threads"));
+  m.def("linear_backward", &backward, py::arg("call"), py::arg("workspace"), py::arg("threads"));
 }
 
 }  // namespace vk

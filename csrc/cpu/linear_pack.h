@@ -156,9 +156,32 @@ inline void pack_weight(WeightKind kind, const CanonicalWeight& w, int64_t col0,
 
 // Activations.
 
+// The same where the rows of the operand are columns in memory, as those of a transposed matrix are: depth outside,
+// panels inside, so that each row of memory is read once, along its length.
+template <class Op>
+void prepare_columns(const LinearProblem& p, int64_t row0, int64_t row1, uint32_t* left) {
+  const int64_t units = ceil_div(p.k, Op::kDepthPerUnit);
+  const Matrix m{p.x.data, p.x.dtype, p.x.col_stride, 1};  // [k, m]
+  for (int64_t unit = 0; unit < units; ++unit) {
+    for (int64_t row = row0; row < row1; row += kRows) {
+      // kRows values are half a register or a whole one.
+      const int count = static_cast<int>(row1 - row < kRows ? row1 - row : kRows);
+      VecU v;
+      if constexpr (Op::kDepthPerUnit == 1) {
+        v = (VecU)load_row(m, unit, row, count);
+      } else {
+        const bool second = 2 * unit + 1 < p.k;
+        v = bf16_pairs(load_row(m, 2 * unit, row, count), second ? load_row(m, 2 * unit + 1, row, count) : VecF{});
+      }
+      std::memcpy(left + (row - row0) * units + unit * kRows, &v, sizeof(uint32_t) * kRows);
+    }
+  }
+}
+
 // Rows [row0, row1) of p.x as left panels, converted to Op's units.
 template <class Op>
 void prepare_float(const LinearProblem& p, int64_t row0, int64_t row1, uint32_t* left) {
+  if (p.x.row_stride == 1 && p.x.col_stride > 1 && p.x.inner >= p.m) return prepare_columns<Op>(p, row0, row1, left);
   const int64_t units = ceil_div(p.k, Op::kDepthPerUnit);
   for (int64_t row = row0; row < row1; row += kRows) {
     const int rows = static_cast<int>(row1 - row < kRows ? row1 - row : kRows);

@@ -4,16 +4,15 @@
 
 #include <sys/mman.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "core/parallel.h"
+#include "cpu/linear_host.h"
 #include "cpu/table.h"
 
 namespace vk::cpu {
 namespace {
 
-constexpr int64_t kLine = 64;
 // Below so many operations a second thread costs more than it brings.
 constexpr double kWorkOfAThread = 2e6;
 // Results from this size on are asked for in large pages: a fresh result is zeroed and mapped page by page while it is
@@ -21,36 +20,11 @@ constexpr double kWorkOfAThread = 2e6;
 constexpr int64_t kLargeResult = int64_t{8} << 20;
 constexpr int64_t kLargePage = int64_t{2} << 20;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-class Arena {
- public:
-  explicit Arena(char* at) : at_(at) {}
-  char* take(int64_t bytes) {
-    char* out = at_;
-    at_ += round_up(bytes, kLine);
-    return out;
-  }
-  template <class T>
-  T* take_of(int64_t count) {
-    return reinterpret_cast<T*>(take(count * static_cast<int64_t>(sizeof(T))));
-  }
-
- private:
-  char* at_;
-};
-
 float from_bf16(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float out;
   std::memcpy(&out, &bits, sizeof out);
   return out;
-}
-
-int threads_for(const LinearProblem& p, int threads) {
-  const double work = 2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
-  return work < kWorkOfAThread ? 1 : threads;
 }
 
 // Parts of rows times parts of columns: as even as panels allow. Cut by columns, the left operand is prepared once for
@@ -82,16 +56,6 @@ bool few_rows(const LinearProblem& p) {
   return p.kind == WeightKind::kInt4 && p.m > 0 && p.k > 0 && p.m <= kernels().quantized.few_rows;
 }
 
-struct Range {
-  int64_t begin, end;
-};
-
-// Part `i` of `parts` of `size` elements, cut at multiples of `step`.
-Range cut(int64_t size, int64_t step, int64_t i, int64_t parts) {
-  const int64_t panels = ceil_div(size, step);
-  return {std::min(size, panels * i / parts * step), std::min(size, panels * (i + 1) / parts * step)};
-}
-
 void ask_for_large_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   if (bytes < kLargeResult) return;
@@ -104,7 +68,27 @@ void ask_for_large_pages(void* data, int64_t bytes) {
 #endif
 }
 
-// The buffers of a call, in the order in which `run` takes them.
+const float* padded_bias(const LinearCall& call, Arena& arena) {
+  if (!call.bias) return nullptr;
+  const int64_t n = call.problem.n, padded = round_up(n, kernels().quantized.lanes);
+  auto* out = arena.take_of<float>(padded);
+  if (call.bias_dtype == Dtype::kF32) {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<const float*>(call.bias)[i * call.bias_stride];
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(static_cast<const uint16_t*>(call.bias)[i * call.bias_stride]);
+  }
+  std::fill(out + n, out + padded, 0.0f);
+  return out;
+}
+
+}  // namespace
+
+int threads_for(const LinearProblem& p, int threads) {
+  const double work = 2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
+  return work < kWorkOfAThread ? 1 : threads;
+}
+
+// The buffers of a call, in the order in which `run_product` takes them.
 int64_t product_bytes(const LinearProblem& p, int threads) {
   const QuantizedKernels& k = kernels().quantized;
   const Grid grid(p, threads);
@@ -115,7 +99,7 @@ int64_t product_bytes(const LinearProblem& p, int threads) {
 }
 
 // The product and its epilogue, the right operand being packed.
-void run(LinearProblem& p, Arena arena, int threads) {
+void run_product(LinearProblem& p, Arena arena, int threads) {
   const QuantizedKernels& k = kernels().quantized;
   const Grid grid(p, threads);
   const int64_t units = k.depth_units(p), parts = grid.rows * grid.cols;
@@ -149,21 +133,6 @@ void run(LinearProblem& p, Arena arena, int threads) {
                 scratch + part * scratch_bytes);
   });
 }
-
-const float* padded_bias(const LinearCall& call, Arena& arena) {
-  if (!call.bias) return nullptr;
-  const int64_t n = call.problem.n, padded = round_up(n, kernels().quantized.lanes);
-  auto* out = arena.take_of<float>(padded);
-  if (call.bias_dtype == Dtype::kF32) {
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<const float*>(call.bias)[i * call.bias_stride];
-  } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(static_cast<const uint16_t*>(call.bias)[i * call.bias_stride]);
-  }
-  std::fill(out + n, out + padded, 0.0f);
-  return out;
-}
-
-}  // namespace
 
 int64_t packed_weight_bytes(WeightKind kind, int64_t n, int64_t k, int64_t group) {
   return kernels().quantized.packed_bytes(kind, n, k, group);
@@ -212,7 +181,7 @@ void linear_forward(LinearCall& call, int threads) {
       return;
     }
   }
-  run(p, arena, threads);
+  run_product(p, arena, threads);
 }
 
 }  // namespace vk::cpu

@@ -83,6 +83,14 @@ struct QuantizedKernels {
   int64_t (*few_bytes)(const LinearProblem&);
   bool (*few_prepare)(const LinearProblem&, char* digits);  // false: not representable, use `product`
   void (*few_product)(const LinearProblem&, int64_t col0, int64_t col1, const char* digits);
+
+  // Backward. kBF16 and kF32: columns [col0, col1) of a right operand whose depth runs over the rows of a matrix.
+  void (*pack_over_rows)(WeightKind kind, const Matrix& m, int64_t depth, int64_t cols, int64_t col0, int64_t col1,
+                         char* packed);
+  // Rows of `pre` [m, n] become grad times the activation's slope there.
+  void (*slopes)(Activation activation, const Rows& grad, int64_t n, int64_t row0, int64_t row1, float* pre);
+  void (*column_sums)(const float* g, int64_t m, int64_t n, int64_t col0, int64_t col1, void* out, Dtype dtype);
+  void (*dequantize_rows)(WeightKind kind, const CanonicalWeight& weight, int64_t row0, int64_t row1, float* out);
 };
 
 // One call of an op.
@@ -95,10 +103,24 @@ struct LinearCall {
   char* workspace = nullptr;
 };
 
+// Gradients of a call. The pre-activation is formed again where the activation's slope needs it.
+struct LinearGradients {
+  LinearCall forward;      // its epilogue's activation; out, residual and workspace are not used
+  CanonicalWeight weight;  // float or codes
+  Rows grad_out;           // [m, n]
+  bool half = false;       // products in bf16
+  void *grad_x = nullptr, *grad_weight = nullptr, *grad_bias = nullptr;  // contiguous; null: not wanted
+  Dtype grad_x_dtype = Dtype::kF32, grad_weight_dtype = Dtype::kF32, grad_bias_dtype = Dtype::kF32;
+  char* workspace = nullptr;
+};
+
 int64_t packed_weight_bytes(WeightKind kind, int64_t n, int64_t k, int64_t group);
 void pack_weight(WeightKind kind, const CanonicalWeight& weight, char* packed, int threads);
 
 int64_t linear_workspace(const LinearCall& call, int threads);
 void linear_forward(LinearCall& call, int threads);
+
+int64_t linear_backward_workspace(const LinearGradients& call, int threads);
+void linear_backward(LinearGradients& call, int threads);
 
 }  // namespace vk::cpu

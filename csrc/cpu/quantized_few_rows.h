@@ -31,6 +31,18 @@ struct GroupTerms {
 
 inline int64_t few_bytes(const LinearProblem& p) { return p.m * FewLayout(p).row; }
 
+inline VecI swapped(VecI v, int distance) {
+  return (VecI)swap_halves((VecF)v, distance, std::make_integer_sequence<int, kLanes>{});
+}
+
+inline int32_t largest_of(VecI v) {
+  for (int d = kLanes / 2; d > 0; d /= 2) {
+    const VecI other = swapped(v, d);
+    v = other > v ? other : v;
+  }
+  return v[0];
+}
+
 inline bool few_prepare(const LinearProblem& p, char* out) {
   const FewLayout layout(p);
   for (int64_t r = 0; r < p.m; ++r) {
@@ -43,7 +55,7 @@ inline bool few_prepare(const LinearProblem& p, char* out) {
         const VecI bits = (VecI)magnitude(load_row(m, 0, k, kLanes));
         largest = bits > largest ? bits : largest;
       }
-      const int32_t bits = _mm512_reduce_max_epi32((__m512i)largest);
+      const int32_t bits = largest_of(largest);
       float most;
       std::memcpy(&most, &bits, sizeof most);
       // Infinities and NaN have no digits, and units below the normal numbers lose theirs.

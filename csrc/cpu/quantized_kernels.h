@@ -5,6 +5,7 @@
 // epilogue while the strip is in L1. Weights with float activations are dequantized panel by panel on the way.
 #pragma once
 
+#include "linear_backward_kernels.h"
 #include "linear_pack.h"
 
 namespace vk::cpu::VK_ISA_NAMESPACE {
@@ -170,6 +171,10 @@ inline constexpr QuantizedKernels kQuantized = {
     .few_bytes = few_bytes,
     .few_prepare = few_prepare,
     .few_product = few_product,
+    .pack_over_rows = pack_over_rows,
+    .slopes = slopes,
+    .column_sums = column_sums,
+    .dequantize_rows = dequantize_rows,
 };
 
 }  // namespace vk::cpu::VK_ISA_NAMESPACE

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from vlmkernels.ops.dispatch import Call
 
 #: Numbers of `vk::cpu::WeightKind` in csrc/cpu/quantized.h.
 KINDS = {"w8a8": 0, "w8a16": 1, "w4a16": 2, "bf16": 3}
-FLOAT32_KIND = 4
+FLOAT_KINDS = {torch.bfloat16: 3, torch.float32: 4}
 
 #: Longest rows whose int8 products cannot leave 32 bits: 127 * 128 * LARGEST_K < 2**31.
 LARGEST_K = 131072
@@ -52,6 +53,19 @@ def quantized_reasons(call: Call) -> list[str]:
     if call.facts["scale_dtype"] == torch.float16:
         found.append("it does not read float16 input scales")
     return found
+
+
+def float_reasons(call: Call) -> list[str]:
+    """Why the CPU kernels cannot serve a float linear layer."""
+    found = reasons(call)
+    if not found and call.dtype not in FLOAT_KINDS:
+        found.append(f"products are float32 or bfloat16, not {call.dtype}")
+    return found
+
+
+def not_default(call: Call) -> list[str]:
+    """Where torch's own linear layer is the faster one."""
+    return []
 
 
 def pack(scheme: str, weight_q: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor | None:
@@ -101,6 +115,56 @@ def _rows(x: Tensor) -> tuple[int, int, int, int, int, int]:
     return x.data_ptr(), tag, 1, 0, 0, x.stride(0)
 
 
+def _three(x: Tensor) -> Tensor:
+    """At most three dimensions: a view where the leading ones are one stride, else a copy."""
+    return x.flatten(0, -3) if x.ndim > 3 else x
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _tag(x: Tensor | None) -> int:
+    return 0 if x is None else _native.DTYPE_TAGS[x.dtype]
+
+
+def _call(
+    kind: int,
+    x: Tensor,
+    features: tuple[int, int],
+    group: int,
+    packed: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    input_scale: Tensor | None,
+    out: Tensor | None,
+) -> Any:
+    n, k = features
+    call = _native.cpu.LinearCall(
+        kind,
+        _rows(x),
+        x.numel() // k if k else math.prod(x.shape[:-1]),
+        n,
+        k,
+        group,
+        _address(packed),
+        _address(bias),
+        _tag(bias),
+        1 if bias is None else bias.stride(0),
+        _ACTIVATIONS[activation],
+        _NOTHING if residual is None else _rows(residual),
+        _address(out),
+        _tag(out),
+        _address(input_scale),
+        _tag(input_scale),
+    )
+    if weight is not None:
+        call.set_weight(_matrix(weight))
+    return call
+
+
 def forward(
     op: str,
     kind: int,
@@ -115,39 +179,71 @@ def forward(
     input_scale: Tensor | None,
     out: Tensor,  # [..., N], contiguous
 ) -> Tensor:
-    """Fills `out`; the right operand is `packed`, or `weight` packed in this call.
+    """Fills `out` and returns it; the right operand is `packed`, or `weight` packed in this call.
 
     Args:
         op: public name without `vk.`, for errors.
         kind: of the right operand.
+        features: (N, K).
+        group: of a 4-bit weight, else 0.
     """
-    n, k = features
-    # x may be kept alive by nobody else where `_rows` had to copy it
-    x_rows = x.flatten(0, -3) if x.ndim > 3 else x
-    residual_rows = residual.flatten(0, -3) if residual is not None and residual.ndim > 3 else residual
-    m = out.numel() // n if n else 0
-    call = _native.cpu.LinearCall(
-        kind,
-        _rows(x_rows),
-        m,
-        n,
-        k,
-        group,
-        0 if packed is None else packed.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else _native.DTYPE_TAGS[bias.dtype],
-        1 if bias is None else bias.stride(0),
-        _ACTIVATIONS[activation],
-        _NOTHING if residual_rows is None else _rows(residual_rows),
-        out.data_ptr(),
-        _native.DTYPE_TAGS[out.dtype],
-        0 if input_scale is None else input_scale.data_ptr(),
-        0 if input_scale is None else _native.DTYPE_TAGS[input_scale.dtype],
-    )
-    if weight is not None:
-        call.set_weight(_matrix(weight))
-    run(op, call, _native.cpu.linear_forward)
+    x, residual = _three(x), None if residual is None else _three(residual)
+    call = _call(kind, x, features, group, packed, weight, bias, activation, residual, input_scale, out)
+    _run(op, call, _native.cpu.linear_forward)
     return out
+
+
+def backward(
+    op: str,
+    kind: int,
+    grad_out: Tensor,  # [..., N]
+    x: Tensor,  # [..., K]
+    features: tuple[int, int],
+    group: int,
+    packed: Tensor | None,
+    weight: Tensor | None,
+    canonical: tuple[Tensor, Tensor | None, Tensor | None],
+    bias: Tensor | None,
+    activation: str | None,
+    input_scale: Tensor | None,
+    half: bool,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """Fills the gradients of x, weight and bias that are wanted, contiguous and in x's dtype.
+
+    Args:
+        canonical: (weight_q, scale, zero_point), or a float weight and twice None: what multiplies the gradient.
+        half: products of gradients in bfloat16.
+    """
+    x, grad_out = (
+        x.flatten(0, -3) if x.ndim > 3 else x,
+        grad_out.flatten(0, -3) if grad_out.ndim > 3 else grad_out,
+    )
+    codes, scale, zero_point = canonical
+    scale = None if scale is None else scale.contiguous()
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    call = _call(kind, x, features, group, packed, weight, bias, activation, None, input_scale, None)
+    gradients = _native.cpu.LinearGradients(
+        call,
+        _rows(grad_out),
+        half,
+        _matrix(codes),
+        _address(scale),
+        _address(zero_point),
+        _address(grads[0]),
+        _address(grads[1]),
+        _address(grads[2]),
+        _native.DTYPE_TAGS[x.dtype],
+    )
+    _run(op, gradients, _native.cpu.linear_backward)
+
+
+def _run(op: str, call: Any, function: Any) -> None:
+    """Calls a native function with a workspace of the size that it asks for."""
+    threads = _native.threads()
+    workspace = torch.empty(call.workspace(threads) + _ALIGNMENT, dtype=torch.uint8)
+    at = workspace.data_ptr()
+    _native.call(op, function, call, at + -at % _ALIGNMENT, threads)
 
 
 def plain(x: Tensor, *others: Tensor | None) -> bool:
@@ -170,11 +266,3 @@ def plain(x: Tensor, *others: Tensor | None) -> bool:
         if (gradients and tensor.requires_grad) or not tensor.is_cpu or type(tensor) not in _PLAIN_TYPES:
             return False
     return x.dtype in _DTYPES
-
-
-def run(op: str, call: Any, function: Any) -> None:
-    """Calls a native function with a workspace of the size that it asks for."""
-    threads = _native.threads()
-    workspace = torch.empty(call.workspace(threads) + _ALIGNMENT, dtype=torch.uint8)
-    at = workspace.data_ptr()
-    _native.call(op, function, call, at + -at % _ALIGNMENT, threads)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmkernels.ops import _check
+from vlmkernels.ops import _check, _linear_cpu
 from vlmkernels.ops._library import autocast_dtype, differentiate, follow_autocast, like_inputs, register_op
-from vlmkernels.ops.dispatch import Call, choose
+from vlmkernels.ops.dispatch import Call, choose, register_backend
 from vlmkernels.ops.reference import linear as reference
 
 __all__ = ["linear"]
@@ -69,7 +69,8 @@ def linear(
         "inputs": weight.shape[1],
         "rows": math.prod(x.shape[:-1]),
         "activation": activation,
-        "dtype": x.dtype,
+        "x_dtype": x.dtype,
+        "result_dtype": reference.output_dtype(x, residual),
     }
     name = choose(op, Call(x.device.type, operand, facts), backend)
     if name == "reference":
@@ -146,6 +147,13 @@ def _linear_impl(
     compute_dtype: torch.dtype | None,
     backend: str,
 ) -> Tensor:
+    if backend == "cpu":
+        out = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=reference.output_dtype(x, residual))
+        kind = _linear_cpu.FLOAT_KINDS[compute_dtype or x.dtype]
+        features = (weight.shape[0], weight.shape[1])
+        return _linear_cpu.forward(
+            "linear", kind, x, features, 0, None, weight, bias, activation, residual, None, out
+        )
     return reference.linear(
         x, weight, bias, activation=activation, residual=residual, compute_dtype=compute_dtype
     ).contiguous()
@@ -192,6 +200,33 @@ def _linear_backward_impl(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
+    if backend == "cpu":
+        tensors = (x, weight, bias)
+        wanted = [need and tensor is not None for need, tensor in zip(needs, tensors, strict=True)]
+        grads = like_inputs(tensors, wanted)
+        operand = compute_dtype or x.dtype
+        _linear_cpu.backward(
+            "linear",
+            _linear_cpu.FLOAT_KINDS[operand],
+            grad_out,
+            x,
+            (weight.shape[0], weight.shape[1]),
+            0,
+            None,
+            weight,
+            (weight, None, None),
+            bias,
+            activation,
+            None,
+            operand == torch.bfloat16,
+            (
+                grads[0] if wanted[0] else None,
+                grads[1] if wanted[1] else None,
+                grads[2] if wanted[2] else None,
+            ),
+        )
+        return grads
+
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return reference.linear(
             x, weight, bias, activation=activation, residual=no_residual, compute_dtype=compute_dtype
@@ -218,3 +253,5 @@ _linear = register_op(
     setup_context=_linear_setup,
     backward=_linear_grad,
 )
+
+register_backend("linear", "cpu", _linear_cpu.float_reasons, not_default=_linear_cpu.not_default, priority=10)

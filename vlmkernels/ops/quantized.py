@@ -475,6 +475,31 @@ def _quantized_backward_impl(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
+    if backend == "cpu":
+        wanted = [needs[0], needs[1] and bias is not None]
+        grad_x, grad_bias = like_inputs((x, bias), wanted)
+        n, k = weight_q.shape[0], x.shape[-1]
+        groups = 0 if zero_point is None else zero_point.shape[1]
+        # Only the activation's slope asks for the product again, and with it for the packed weight.
+        packed = None if activation is None else _linear_cpu.pack(scheme, weight_q, scale, zero_point)
+        _linear_cpu.backward(
+            "quantized_linear",
+            _linear_cpu.KINDS[scheme],
+            grad_out,
+            x,
+            (n, k),
+            k // groups if groups else 0,
+            packed,
+            None,
+            (weight_q, scale, zero_point),
+            bias,
+            activation,
+            input_scale,
+            x.dtype == torch.bfloat16,
+            (grad_x if wanted[0] else None, None, grad_bias if wanted[1] else None),
+        )
+        return grad_x, grad_bias
+
     def forward(x: Tensor, bias: Tensor | None) -> Tensor:
         return reference.quantized_linear(
             x,

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the linear layers' forward and backward share on the host: buffers, cuts, and one product.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/quantized.h"
+
+namespace vk::cpu {
+
+inline constexpr int64_t kLine = 64;  // bytes of a cache line
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+class Arena {
+ public:
+  explicit Arena(char* at) : at_(at) {}
+  char* take(int64_t bytes) {
+    char* out = at_;
+    at_ += round_up(bytes, kLine);
+    return out;
+  }
+  template <class T>
+  T* take_of(int64_t count) {
+    return reinterpret_cast<T*>(take(count * static_cast<int64_t>(sizeof(T))));
+  }
+
+ private:
+  char* at_;
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Part `i` of `parts` of `size` elements, cut at multiples of `step`.
+inline Range cut(int64_t size, int64_t step, int64_t i, int64_t parts) {
+  const int64_t panels = ceil_div(size, step);
+  return {std::min(size, panels * i / parts * step), std::min(size, panels * (i + 1) / parts * step)};
+}
+
+// Threads that a product of this size is worth.
+int threads_for(const LinearProblem& p, int threads);
+
+// The product and its epilogue, the right operand being packed; and the bytes that it takes from the arena.
+int64_t product_bytes(const LinearProblem& p, int threads);
+void run_product(LinearProblem& p, Arena arena, int threads);
+
+}  // namespace vk::cpu
