@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public names of vlmkernels, and nothing else."""
 
-from vlmkernels import data, models, nn
+from vlmkernels import data, integrations, models, nn
 from vlmkernels._version import __version__
 from vlmkernels.diagnostics import backends
 from vlmkernels.nn.quantize import quantize_
@@ -34,6 +34,7 @@ __all__ = [
     "clip_loss",
     "data",
     "info_nce",
+    "integrations",
     "linear",
     "linear_cross_entropy",
     "models",

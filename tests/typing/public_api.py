@@ -40,6 +40,16 @@ def search(queries: Tensor, database: Tensor) -> None:
     assert_type(len(index), int)
 
 
+def integrations(model: torch.nn.Module, features: Tensor) -> None:
+    report = vk.integrations.convert(model, linear=True)
+    assert_type(report, vk.integrations.ConversionReport)
+    assert_type(report.left_alone, dict[str, str])
+    assert_type(vk.integrations.transformers.register(), str)
+    assert_type(vk.integrations.faiss.read_index("flat.index", metric="cosine"), vk.FlatIndex)
+    with vk.integrations.torch.sdpa():
+        model(features)
+
+
 def diagnostics() -> None:
     status = vk.backends()["cpu"]
     assert_type(status.available, bool)
