@@ -22,6 +22,22 @@ bool is_matrix(const Rows& rows, int64_t m) {
   return rows.inner >= m || rows.outer_stride == rows.inner * rows.row_stride;
 }
 
+// Where the gradient of the pre-activation is grad_out itself, and lies as the products read it.
+bool is_given(const LinearGradients& call) {
+  const LinearProblem& f = call.forward.problem;
+  return !has_slope(call) && is_matrix(call.grad_out, f.m) && call.grad_out.col_stride == 1;
+}
+
+// Products in bf16 round the gradient once, here, instead of wherever it is packed.
+Dtype gradient_dtype(const LinearGradients& call) { return call.half ? Dtype::kBF16 : Dtype::kF32; }
+
+int64_t gradient_bytes(const LinearGradients& call) {
+  const LinearProblem& f = call.forward.problem;
+  if (is_given(call)) return 0;
+  const int64_t pre = has_slope(call) ? round_up(4 * f.m * f.n, kLine) : 0;
+  return pre + (call.half || pre == 0 ? round_up(size_of(gradient_dtype(call)) * f.m * f.n, kLine) : 0);
+}
+
 // grad_x [m, k] = g [m, n] weight [n, k]
 LinearProblem input_problem(const LinearGradients& call) {
   const LinearProblem& f = call.forward.problem;
@@ -124,8 +140,7 @@ void fill_zeros(void* out, Dtype dtype, int64_t count) {
 }  // namespace
 
 int64_t linear_backward_workspace(const LinearGradients& call, int threads) {
-  const LinearProblem& f = call.forward.problem;
-  return round_up(4 * f.m * f.n, kLine) + step_bytes(call, threads);
+  return gradient_bytes(call) + step_bytes(call, threads);
 }
 
 void linear_backward(LinearGradients& call, int threads) {
@@ -139,45 +154,52 @@ void linear_backward(LinearGradients& call, int threads) {
       return;
     }
   }
+  ask_for_large_pages(call.workspace, linear_backward_workspace(call, threads));
   Arena arena(call.workspace);
-  auto* g = arena.take_of<float>(f.m * f.n);
+  Rows g = call.grad_out;
   const Activation activation = f.activation;
-  if (activation != Activation::kNone) {
-    LinearCall forward = call.forward;
-    forward.problem.activation = Activation::kNone;
-    forward.problem.residual = Rows{};
-    forward.problem.out = g;
-    forward.problem.out_dtype = Dtype::kF32;
-    forward.problem.out_stride = f.n;
-    Arena rest = arena;
-    forward.workspace = rest.take(0);
-    linear_forward(forward, threads);
+  const int workers = threads_for(f, threads);
+  if (!is_given(call)) {
+    auto* pre = has_slope(call) ? arena.take_of<float>(f.m * f.n) : nullptr;
+    const Dtype dtype = gradient_dtype(call);
+    void* out = pre && !call.half ? static_cast<void*>(pre) : arena.take(size_of(dtype) * f.m * f.n);
+    if (has_slope(call)) {
+      LinearCall forward = call.forward;
+      forward.problem.activation = Activation::kNone;
+      forward.problem.residual = Rows{};
+      forward.problem.out = pre;
+      forward.problem.out_dtype = Dtype::kF32;
+      forward.problem.out_stride = f.n;
+      Arena rest = arena;
+      forward.workspace = rest.take(0);
+      linear_forward(forward, threads);
+    }
+    parallel_for(workers, 4 * workers, [&](int64_t part) {
+      const Range rows = cut(f.m, 1, part, 4 * workers);
+      k.slopes(activation, call.grad_out, f.n, rows.begin, rows.end, pre, out, dtype);
+    });
+    g = {out, dtype, f.m, 0, f.n, 1};
   }
-  threads = threads_for(f, threads);
-  parallel_for(threads, 4 * threads, [&](int64_t part) {
-    const Range rows = cut(f.m, 1, part, 4 * threads);
-    k.slopes(activation, call.grad_out, f.n, rows.begin, rows.end, g);
-  });
   if (call.grad_bias) {
-    parallel_for(threads, 4 * threads, [&](int64_t part) {
-      const Range cols = cut(f.n, k.lanes, part, 4 * threads);
+    parallel_for(workers, 4 * workers, [&](int64_t part) {
+      const Range cols = cut(f.n, k.lanes, part, 4 * workers);
       k.column_sums(g, f.m, f.n, cols.begin, cols.end, call.grad_bias, call.grad_bias_dtype);
     });
   }
   if (f.k == 0) return;
   if (call.grad_x) {
     LinearProblem p = input_problem(call);
-    p.x = {g, Dtype::kF32, f.m, 0, f.n, 1};
+    p.x = g;
     Arena rest = arena;
-    const Matrix weight = dequantized(call, rest, threads);
-    product_over_rows(p, weight, rest, threads);
+    const Matrix weight = dequantized(call, rest, workers);
+    product_over_rows(p, weight, rest, workers);
   }
   if (call.grad_weight) {
     LinearProblem p = weight_problem(call);
-    p.x = {g, Dtype::kF32, f.n, 0, 1, f.n};
+    p.x = {g.data, g.dtype, f.n, 0, 1, g.row_stride};
     Arena rest = arena;
-    const Matrix x = x_matrix(f, rest, threads);
-    product_over_rows(p, x, rest, threads);
+    const Matrix x = x_matrix(f, rest, workers);
+    product_over_rows(p, x, rest, workers);
   }
 }
 

@@ -29,57 +29,66 @@ inline void pack_over_rows(WeightKind kind, const Matrix& m, int64_t depth, int6
 }
 
 template <Activation kind>
-void slopes_of(const Rows& grad, int64_t n, int64_t row0, int64_t row1, float* pre) {
+void slopes_of(const Rows& grad, int64_t n, int64_t row0, int64_t row1, const float* pre, void* out, Dtype dtype) {
   for (int64_t row = row0; row < row1; ++row) {
     const Matrix g = row_of(grad, row);
-    float* at = pre + row * n;
     for (int64_t j = 0; j < n; j += kLanes) {
       const int count = static_cast<int>(n - j < kLanes ? n - j : kLanes);
-      const VecF v = load_row(g, 0, j, count);
-      if constexpr (kind == Activation::kNone) {
-        store_first(at + j, v, count);
-      } else {
-        store_first(at + j, v * slope<kind>(load_first(at + j, count)), count);
-      }
+      VecF v = load_row(g, 0, j, count);
+      if constexpr (kind != Activation::kNone) v = v * slope<kind>(load_first(pre + row * n + j, count));
+      store_result(out, dtype, row * n + j, v, count);
     }
   }
 }
 
-// Rows [row0, row1) of `pre` [m, n] become the pre-activation's gradient: grad times the activation's slope there.
-inline void slopes(Activation activation, const Rows& grad, int64_t n, int64_t row0, int64_t row1, float* pre) {
+// Rows [row0, row1) of the pre-activation's gradient: grad times the activation's slope at `pre` [m, n]. A float32
+// `out` may be `pre` itself.
+inline void slopes(Activation activation, const Rows& grad, int64_t n, int64_t row0, int64_t row1, const float* pre,
+                   void* out, Dtype dtype) {
   switch (activation) {
     case Activation::kNone:
-      return slopes_of<Activation::kNone>(grad, n, row0, row1, pre);
+      return slopes_of<Activation::kNone>(grad, n, row0, row1, pre, out, dtype);
     case Activation::kGelu:
-      return slopes_of<Activation::kGelu>(grad, n, row0, row1, pre);
+      return slopes_of<Activation::kGelu>(grad, n, row0, row1, pre, out, dtype);
     case Activation::kGeluTanh:
-      return slopes_of<Activation::kGeluTanh>(grad, n, row0, row1, pre);
+      return slopes_of<Activation::kGeluTanh>(grad, n, row0, row1, pre, out, dtype);
     case Activation::kQuickGelu:
-      return slopes_of<Activation::kQuickGelu>(grad, n, row0, row1, pre);
+      return slopes_of<Activation::kQuickGelu>(grad, n, row0, row1, pre, out, dtype);
     case Activation::kSilu:
-      return slopes_of<Activation::kSilu>(grad, n, row0, row1, pre);
+      return slopes_of<Activation::kSilu>(grad, n, row0, row1, pre, out, dtype);
     case Activation::kRelu:
-      return slopes_of<Activation::kRelu>(grad, n, row0, row1, pre);
+      return slopes_of<Activation::kRelu>(grad, n, row0, row1, pre, out, dtype);
   }
 }
 
 // Sums over the rows of columns [col0, col1) of g [m, n]: chains of eight rows, added up with the rounding errors kept
 // beside the total, so that the error does not grow with the number of rows.
-inline void column_sums(const float* g, int64_t m, int64_t n, int64_t col0, int64_t col1, void* out, Dtype dtype) {
+inline void column_sums(const Rows& g, int64_t m, int64_t n, int64_t col0, int64_t col1, void* out, Dtype dtype) {
   constexpr int64_t kRowsInChain = 8;
-  for (int64_t j = col0; j < col1; j += kLanes) {
-    const int count = static_cast<int>(col1 - j < kLanes ? col1 - j : kLanes);
-    VecF total = {}, lost = {};
+  constexpr int64_t kColumns = 16 * kLanes;  // whole lines of a row while they are there
+  for (int64_t first = col0; first < col1; first += kColumns) {
+    VecF total[16] = {}, lost[16] = {};
+    const int64_t left = col1 - first < kColumns ? col1 - first : kColumns;
     for (int64_t row = 0; row < m; row += kRowsInChain) {
-      VecF sum = {};
+      VecF sum[16] = {};
       const int64_t end = m - row < kRowsInChain ? m : row + kRowsInChain;
-      for (int64_t i = row; i < end; ++i) sum += load_first(g + i * n + j, count);
-      const VecF next = total + sum, taken = next - total;
-      lost += (total - (next - taken)) + (sum - taken);
-      total = next;
+      for (int64_t i = row; i < end; ++i) {
+        const Matrix from = row_of(g, i);
+        for (int64_t j = 0; j < left; j += kLanes)
+          sum[j / kLanes] += load_row(from, 0, first + j, static_cast<int>(left - j < kLanes ? left - j : kLanes));
+      }
+      for (int64_t j = 0; j < left; j += kLanes) {
+        VecF& t = total[j / kLanes];
+        const VecF next = t + sum[j / kLanes], taken = next - t;
+        lost[j / kLanes] += (t - (next - taken)) + (sum[j / kLanes] - taken);
+        t = next;
+      }
     }
-    // Infinities leave NaN in what was lost, and are the sum themselves.
-    store_result(out, dtype, j, lost == lost ? total + lost : total, count);
+    for (int64_t j = 0; j < left; j += kLanes) {
+      const VecF t = total[j / kLanes], l = lost[j / kLanes];
+      // Infinities leave NaN in what was lost, and are the sum themselves.
+      store_result(out, dtype, first + j, l == l ? t + l : t, static_cast<int>(left - j < kLanes ? left - j : kLanes));
+    }
   }
 }
 

@@ -56,18 +56,6 @@ bool few_rows(const LinearProblem& p) {
   return p.kind == WeightKind::kInt4 && p.m > 0 && p.k > 0 && p.m <= kernels().quantized.few_rows;
 }
 
-void ask_for_large_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  if (bytes < kLargeResult) return;
-  const auto first = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) / kLargePage * kLargePage;
-  const auto end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kLargePage * kLargePage;
-  // A hint: where the system refuses, nothing is lost.
-  if (end > first) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
 const float* padded_bias(const LinearCall& call, Arena& arena) {
   if (!call.bias) return nullptr;
   const int64_t n = call.problem.n, padded = round_up(n, kernels().quantized.lanes);
@@ -82,6 +70,18 @@ const float* padded_bias(const LinearCall& call, Arena& arena) {
 }
 
 }  // namespace
+
+void ask_for_large_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  if (bytes < kLargeResult) return;
+  const auto first = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) / kLargePage * kLargePage;
+  const auto end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kLargePage * kLargePage;
+  // A hint: where the system refuses, nothing is lost.
+  if (end > first) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 int threads_for(const LinearProblem& p, int threads) {
   const double work = 2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
@@ -161,6 +161,7 @@ void linear_forward(LinearCall& call, int threads) {
   const QuantizedKernels& k = kernels().quantized;
   LinearProblem& p = call.problem;
   if (p.m == 0 || p.n == 0) return;
+  if (call.workspace) ask_for_large_pages(call.workspace, linear_workspace(call, threads));
   threads = threads_for(p, threads);
   ask_for_large_pages(p.out, p.m * p.n * (p.out_dtype == Dtype::kF32 ? 4 : 2));
   Arena arena(call.workspace);

@@ -87,9 +87,10 @@ struct QuantizedKernels {
   // Backward. kBF16 and kF32: columns [col0, col1) of a right operand whose depth runs over the rows of a matrix.
   void (*pack_over_rows)(WeightKind kind, const Matrix& m, int64_t depth, int64_t cols, int64_t col0, int64_t col1,
                          char* packed);
-  // Rows of `pre` [m, n] become grad times the activation's slope there.
-  void (*slopes)(Activation activation, const Rows& grad, int64_t n, int64_t row0, int64_t row1, float* pre);
-  void (*column_sums)(const float* g, int64_t m, int64_t n, int64_t col0, int64_t col1, void* out, Dtype dtype);
+  // Rows of the pre-activation's gradient, contiguous [m, n]: grad times the activation's slope at `pre`.
+  void (*slopes)(Activation activation, const Rows& grad, int64_t n, int64_t row0, int64_t row1, const float* pre,
+                 void* out, Dtype dtype);
+  void (*column_sums)(const Rows& g, int64_t m, int64_t n, int64_t col0, int64_t col1, void* out, Dtype dtype);
   void (*dequantize_rows)(WeightKind kind, const CanonicalWeight& weight, int64_t row0, int64_t row1, float* out);
 };
 

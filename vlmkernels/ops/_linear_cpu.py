@@ -20,6 +20,10 @@ FLOAT_KINDS = {torch.bfloat16: 3, torch.float32: 4}
 #: Longest rows whose int8 products cannot leave 32 bits: 127 * 128 * LARGEST_K < 2**31.
 LARGEST_K = 131072
 
+#: `vk.linear` packs its weight in every call, which so many rows pay for.
+FEWEST_ROWS = 1024
+SMALLEST_WIDTH = 512
+
 _DTYPES = (torch.float32, torch.bfloat16)
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _ACTIVATIONS = {name: number for number, name in enumerate(_check.ACTIVATIONS)}
@@ -64,7 +68,12 @@ def float_reasons(call: Call) -> list[str]:
 
 
 def not_default(call: Call) -> list[str]:
-    """Where torch's own linear layer is the faster one."""
+    """Where torch's own linear layer is the faster one, by benchmarks/bench_quantized.py."""
+    facts = call.facts
+    if facts["rows"] < FEWEST_ROWS or min(facts["inputs"], facts["outputs"]) < SMALLEST_WIDTH:
+        return [f"torch's product is as fast below {FEWEST_ROWS} rows or widths of {SMALLEST_WIDTH}"]
+    if facts["gradient"] and (call.dtype != torch.float32 or facts["activation"] is not None):
+        return ["torch's backward is faster in bfloat16, and behind an activation, whose input it keeps"]
     return []
 
 

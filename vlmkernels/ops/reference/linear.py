@@ -66,7 +66,9 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def output_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
     """x's dtype, widened by a residual stream that is kept wider than the activations."""
-    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    if residual is None or residual.dtype == x.dtype:
+        return x.dtype
+    return torch.promote_types(x.dtype, residual.dtype)
 
 
 def linear(
