@@ -355,3 +355,62 @@ def test_examples_in_the_docstrings():
     results = doctest.testmod(quantize, extraglobs={"vk": vk, "nn": nn})
     assert results.failed == 0
     assert results.attempted >= 4
+
+
+# Activations behind a converted layer.
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (nn.GELU(), "gelu"),
+        (nn.GELU(approximate="tanh"), "gelu_tanh"),
+        (nn.SiLU(), "silu"),
+        (nn.ReLU(), "relu"),
+        (vk.nn.QuickGELU(), "quick_gelu"),
+    ],
+)
+def test_a_layer_applies_the_activation_behind_it(module, name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), module, nn.Linear(128, 32))
+    keys = set(vk.quantize_(copy.deepcopy(model), "w8a8", filter_fn=lambda m, n: n != "0").state_dict())
+    x = torch.randn(5, 64)
+    apart = quantize_(copy.deepcopy(model))
+    apart[0].activation, apart[1] = None, copy.deepcopy(module)
+    quantize_(model)
+    assert model[0].activation == name
+    assert model.quantization_report.fused == ["1"]
+    assert keys - {"0.weight"} <= set(model.state_dict())
+    torch.testing.assert_close(model(x), apart(x), rtol=1e-2, atol=1e-2)
+    vk.nn.dequantize_(model)
+    assert model[1] is module
+    assert type(model[0]) is nn.Linear
+
+
+def test_the_mlp_of_a_block_is_fused_and_comes_apart():
+    mlp = nn.ModuleList([vk.nn.MLP(64, 128, act="quick_gelu")])
+    act = mlp[0].act
+    quantize_(mlp)
+    assert mlp[0].c_fc.activation == "quick_gelu"
+    assert mlp.quantization_report.fused == ["0.act"]
+    assert copy.deepcopy(mlp)[0](torch.randn(3, 64)).shape == (3, 64)
+    vk.nn.dequantize_(mlp)
+    assert mlp[0].act is act
+    assert not hasattr(mlp[0].c_fc, "activation")
+
+
+def test_activations_stay_where_a_layer_cannot_apply_them():
+    shared = nn.Linear(32, 32)
+    hooked = nn.GELU()
+    hooked.register_forward_hook(lambda module, args, output: output)
+    model = nn.Sequential(
+        nn.Sequential(shared, nn.GELU()),
+        nn.Sequential(shared, nn.ReLU()),
+        nn.Sequential(nn.Linear(32, 32), hooked),
+        nn.Sequential(nn.Linear(32, 32), nn.Tanh()),
+        nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.GELU()),
+        nn.ModuleList([nn.Linear(32, 32), nn.GELU()]),
+    )
+    quantize_(model, filter_fn=lambda module, name: True)
+    assert model.quantization_report.fused == []
+    assert all(m.activation is None for m in model.modules() if isinstance(m, vk.nn.QuantizedLinear))

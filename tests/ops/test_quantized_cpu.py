@@ -359,7 +359,7 @@ ALLOCATIONS_AND_VIEWS = {
     "new_empty",
     "empty_like",
     "view",
-    "_unsafe_view",
+    "flatten",
     "detach",
     "alias",
     "expand",

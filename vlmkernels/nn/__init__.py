@@ -9,7 +9,7 @@ from vlmkernels.nn.attention import (
 )
 from vlmkernels.nn.losses import ClipLoss, InfoNCELoss, LinearCrossEntropyLoss, MultiPositiveLoss, SigLipLoss
 from vlmkernels.nn.quantize import QuantizationReport, dequantize_, quantize_
-from vlmkernels.nn.quantized import QuantizedLinear, QuantizedPatchEmbedding
+from vlmkernels.nn.quantized import FusedActivation, QuantizedLinear, QuantizedPatchEmbedding
 from vlmkernels.nn.quantized_attention import QuantizedMultiheadAttention
 from vlmkernels.nn.transformer import (
     MLP,
@@ -27,6 +27,7 @@ __all__ = [
     "AttentionPool2d",
     "ClipLoss",
     "DropPath",
+    "FusedActivation",
     "InfoNCELoss",
     "LayerNorm",
     "LinearCrossEntropyLoss",

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -11,8 +13,9 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vlmkernels.nn.quantized import QuantizedLinear, QuantizedPatchEmbedding
+from vlmkernels.nn.quantized import FusedActivation, QuantizedLinear, QuantizedPatchEmbedding
 from vlmkernels.nn.quantized_attention import QuantizedMultiheadAttention
+from vlmkernels.nn.transformer import MLP, QuickGELU
 from vlmkernels.ops import _check
 from vlmkernels.ops.quantized import quantize_weight
 
@@ -30,11 +33,13 @@ class QuantizationReport:
     Attributes:
         scheme: The scheme asked for.
         converted: Names of the converted modules, in order.
+        fused: Names of the activations that a converted layer now applies.
         left_alone: Name of each candidate that stayed float, and why.
     """
 
     scheme: str
     converted: list[str] = field(default_factory=list)
+    fused: list[str] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -54,6 +59,9 @@ def quantize_(
     Converted are `nn.Linear`; `nn.MultiheadAttention` as a whole (its `out_proj` is read by name, so it is
     never replaced alone); the packed input projection of modules with `replace_in_proj`
     (`vk.nn.MultiheadSelfAttention`); `nn.Conv2d` whose kernel equals its stride (patch embeddings).
+
+    An activation right behind a converted layer, in an `nn.Sequential` or a `vk.nn.MLP`, is applied by that layer
+    before its result is rounded; a `FusedActivation` that passes its input on takes its place.
 
     Left alone, with the reason in `model.quantization_report` and the log, is what `filter_fn` refuses,
     subclasses with a forward of their own, weights shared with another module, parametrized or hooked
@@ -122,6 +130,8 @@ class _Conversion:
         # float layer in memory until the end.
         self.replacements: dict[int, nn.Module | None] = {}
         self.owners: dict[int, list[str]] = {}
+        self.fusible: set[int] = set()  # of the layers made here, those with one place in the model
+        self.uses = Counter(id(m) for parent in model.modules() for m in parent._modules.values())
         for name, module in model.named_modules():
             for parameter in module._parameters.values():
                 if parameter is not None:
@@ -150,7 +160,29 @@ class _Conversion:
                 self.replacements[id(child)] = self._convert(child, name)
             replacement = self.replacements[id(child)]
             if replacement is not None:
+                if self.uses[id(child)] == 1:
+                    self.fusible.add(id(replacement))
                 setattr(parent, child_name, replacement)
+        self._fuse_activations(parent, prefix)
+
+    def _fuse_activations(self, parent: nn.Module, prefix: str) -> None:
+        """Lets a layer that was converted just now apply the activation that follows it in `parent`."""
+        if type(parent) is nn.Sequential:
+            names = list(parent._modules)
+        elif type(parent) is MLP:
+            names = ["c_fc", "act"]
+        else:
+            return
+        for first, second in itertools.pairwise(names):
+            layer, follower = parent._modules[first], parent._modules[second]
+            if not isinstance(layer, QuantizedLinear) or id(layer) not in self.fusible or follower is None:
+                continue
+            activation = _activation_name(follower)
+            if activation is None or self._why_not_replaced(follower) is not None:
+                continue
+            layer.activation = activation
+            parent._modules[second] = FusedActivation(follower).train(follower.training)
+            self.report.fused.append(prefix + second)
 
     def _convert(self, module: _Layer, name: str) -> nn.Module | None:
         """The quantized twin of a layer, or None with the reason in the report."""
@@ -238,6 +270,14 @@ class _Conversion:
         return None
 
 
+def _activation_name(module: nn.Module) -> str | None:
+    """What `vk.quantized_linear` calls an activation module, or None where it has no such activation."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    names: dict[type[nn.Module], str] = {nn.SiLU: "silu", nn.ReLU: "relu", QuickGELU: "quick_gelu"}
+    return names.get(type(module))
+
+
 def _disable_fused_encoder(model: nn.Module) -> None:
     """Keeps torch's encoder layers, where a part is quantized, from handing its weights to a fused kernel."""
     for module in model.modules():
@@ -280,6 +320,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         if isinstance(parent, kinds):
             continue
+        _separate_activations(parent)
         for name, child in list(parent._modules.items()):
             if not isinstance(child, kinds):
                 continue
@@ -293,3 +334,14 @@ def dequantize_(model: nn.Module) -> nn.Module:
                 setattr(parent, name, replacements[child])
     model.__dict__.pop("quantization_report", None)
     return model
+
+
+def _separate_activations(parent: nn.Module) -> None:
+    """Puts fused activations back behind the layers that applied them."""
+    layer: nn.Module | None = None
+    for name, child in list(parent._modules.items()):
+        if isinstance(child, FusedActivation):
+            parent._modules[name] = child.__dict__["original"].train(child.training)
+            if isinstance(layer, QuantizedLinear):
+                layer.activation = None
+        layer = child

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vlmkernels.ops import _check
 from vlmkernels.ops.quantized import QuantizedWeight, quantize_weight, quantized_linear
 
-__all__ = ["QuantizedLinear", "QuantizedPatchEmbedding"]
+__all__ = ["FusedActivation", "QuantizedLinear", "QuantizedPatchEmbedding"]
 
 _SCHEME_OF_DTYPE = {
     torch.int8: "w8a8",
@@ -327,6 +327,24 @@ class QuantizedLinear(nn.Module):
         if self.activation is not None:
             text += f", activation={self.activation}"
         return text
+
+
+class FusedActivation(nn.Module):
+    """Stands where an activation stood that the quantized layer before it now applies; passes its input on.
+
+    Args:
+        original: The activation, put back by `vk.nn.dequantize_`; it has no parameters.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["original"] = original  # not a child: walks of the model must not find it again
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def extra_repr(self) -> str:
+        return repr(self.__dict__["original"])
 
 
 class QuantizedPatchEmbedding(nn.Module):

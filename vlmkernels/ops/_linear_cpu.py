@@ -272,6 +272,6 @@ def plain(x: Tensor, *others: Tensor | None) -> bool:
     for tensor in (x, *others):
         if tensor is None:
             continue
-        if (gradients and tensor.requires_grad) or not tensor.is_cpu or type(tensor) not in _PLAIN_TYPES:
+        if type(tensor) not in _PLAIN_TYPES or not tensor.is_cpu or (gradients and tensor.requires_grad):
             return False
     return x.dtype in _DTYPES
