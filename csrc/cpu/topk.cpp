@@ -136,7 +136,7 @@ float as_threshold(const TopkScan& s, int64_t i, double score) {
       error += eta * (std::abs(score) / unit + std::abs(centre));
       break;
     case Metric::kCosine:
-      v = norm > 0.0 ? score * std::max(norm, 1e-12) / norm : 0.0;
+      v = norm == 0.0 ? 0.0 : score * std::max(norm, 1e-12) / norm;
       error += eta * std::abs(v);
       break;
     case Metric::kL2:
@@ -358,8 +358,10 @@ class Search {
 
   // Scores the k entries that look best, which come first then; the threshold that follows from them.
   float score_best(int64_t i, TopkEntry* entries, int64_t count, int64_t& scored) {
+    // Rows that the bounds do not describe look like nothing: they come last.
+    auto looks = [](const TopkEntry& e) { return e.upper == kInfinity ? -kInfinity : e.upper + e.lower; };
     std::nth_element(entries, entries + (scan.k - 1), entries + count,
-                     [](const TopkEntry& a, const TopkEntry& b) { return a.upper + a.lower > b.upper + b.lower; });
+                     [&](const TopkEntry& a, const TopkEntry& b) { return looks(a) > looks(b); });
     score(i, entries, scan.k, scored);
     float worst = kInfinity;
     for (int64_t e = 0; e < scan.k; ++e) worst = std::min(worst, as_threshold(scan, i, entries[e].score));

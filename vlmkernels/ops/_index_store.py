@@ -237,6 +237,7 @@ class Snapshot:
 
     def find(self, ids: Tensor) -> Tensor:
         """Positions of ids, -1 where there is none: int64 [n] -> int64 [n]."""
+        ids = ids.contiguous()
         positions = torch.full_like(ids, -1)
         start = 0
         for known, where in self.runs if self.runs is not None else ((s.ids(), None) for s in self.segments):
