@@ -113,7 +113,8 @@ def _linear_kernel_serves(x: Tensor, weight: Tensor) -> bool:
         "inputs": weight.shape[1],
         "rows": math.prod(x.shape[:-1]),
         "activation": None,
-        "dtype": operand,
+        "x_dtype": operand,
+        "result_dtype": operand,
     }
     return dispatch.choose("linear", dispatch.Call(x.device.type, operand, facts), None) != "reference"
 
