@@ -32,7 +32,6 @@ constexpr int64_t kMostQueriesBackward = 264;
 constexpr int64_t kFewItems = 8;  // with fewer key heads than this, the keys of a head are shared out
 constexpr int64_t kKeysToShare = 512;
 constexpr int64_t kMostBiasBytes = 64 << 20;
-constexpr int64_t kRunsPerThread = 12, kLongestRun = 12;
 constexpr int64_t kItemsPerThread = 4;   // so that the last item keeps nobody waiting for long
 constexpr int64_t kSmallPart = 1 << 17;  // multiply-adds below which another thread costs more than it brings
 
@@ -97,16 +96,24 @@ void run_chains(AttentionItemFunction kernel, const AttentionCall& call, const A
                 const std::vector<AttentionItem>& items, const std::vector<int64_t>& starts, int threads,
                 char* scratch) {
   const auto chains = static_cast<int64_t>(starts.size()) - 1;
-  // Neighbours in one go: a thread knows then which item comes next, and fetches it early.
-  const int64_t run = std::clamp<int64_t>(chains / (threads * kRunsPerThread), 1, kLongestRun);
   std::atomic<int64_t> taken{0};
   parallel_for(threads, std::min<int64_t>(threads, chains), [&](int64_t part) {
-    for (int64_t c = taken.fetch_add(run); c < chains; c = taken.fetch_add(run)) {
-      const int64_t end = starts[static_cast<size_t>(std::min(c + run, chains))];
-      for (int64_t i = starts[static_cast<size_t>(c)]; i < end; ++i) {
-        const AttentionItem* item = &items[static_cast<size_t>(i)];
-        kernel(call, plan, *item, i + 1 < end ? item + 1 : nullptr, scratch + part * plan.scratch_bytes);
+    // One chain ahead: what an item needs is fetched while the one before it computes.
+    int64_t chain = taken.fetch_add(1);
+    while (chain < chains) {
+      const int64_t after = taken.fetch_add(1);
+      const auto begin = static_cast<size_t>(starts[static_cast<size_t>(chain)]);
+      const auto end = static_cast<size_t>(starts[static_cast<size_t>(chain) + 1]);
+      for (size_t i = begin; i < end; ++i) {
+        const AttentionItem* next = nullptr;
+        if (i + 1 < end) {
+          next = &items[i + 1];
+        } else if (after < chains) {
+          next = &items[static_cast<size_t>(starts[static_cast<size_t>(after)])];
+        }
+        kernel(call, plan, items[i], next, scratch + part * plan.scratch_bytes);
       }
+      chain = after;
     }
   });
 }
@@ -129,7 +136,7 @@ AttentionPlan forward_plan(const AttentionCall& call, int64_t longest_keys) {
       bytes_of(plan.query_block * attention_width(call.d)) + bytes_of(call.d * attention_stride(plan.key_block)) +
       bytes_of(plan.key_block * attention_width(call.dv)) +
       bytes_of(plan.query_block * attention_stride(plan.key_block)) + bytes_of(plan.rows * attention_width(call.dv)) +
-      2 * bytes_of(plan.rows) + bytes_of(attention_width(plan.key_block)) + bytes_of(longest_keys);
+      2 * bytes_of(plan.rows + 16) + bytes_of(attention_width(plan.key_block)) + bytes_of(longest_keys);
   plan.scratch_bytes = round_up(plan.scratch_bytes, 4096) + 64;  // an odd number of lines: no two threads' sets in step
   return plan;
 }

@@ -337,6 +337,7 @@ struct BackwardItem {
         const AttentionTensor& t = values ? call.grad_v : call.grad_k;
         if (!t.data) continue;
         const int64_t at = offset_of(t, item.batch, row, item.key_head);
+        if (!keys.index) fetch_ahead<Op>(t, at, j, size, values ? call.dv : call.d);
         if (!any) {
           write_zeros(t, at, values ? call.dv : call.d);
         } else if (values) {
@@ -365,6 +366,7 @@ struct BackwardItem {
   void write_queries(int64_t head, int64_t q, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = offset_of(call.grad_q, item.batch, item.q_start + q + i, head);
+      fetch_ahead<Op>(call.grad_q, at, i, count, call.d);
       if (keys.count == 0) {
         write_zeros(call.grad_q, at, call.d);
       } else {

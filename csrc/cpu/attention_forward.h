@@ -10,6 +10,7 @@
 namespace vk::cpu::VK_ISA_NAMESPACE {
 
 struct ForwardBuffers {
+  static constexpr int64_t kRowSlack = 16;  // finished rows are taken a register at a time
   uint32_t *q, *keys, *values;
   float *scores, *result, *max, *sum, *factors;
   int32_t* index;
@@ -25,8 +26,8 @@ struct ForwardBuffers {
     values = reinterpret_cast<uint32_t*>(take(plan.key_block * attention_width(call.dv)));
     scores = reinterpret_cast<float*>(take(plan.query_block * attention_stride(plan.key_block)));
     result = reinterpret_cast<float*>(take(plan.rows * attention_width(call.dv)));
-    max = reinterpret_cast<float*>(take(plan.rows));
-    sum = reinterpret_cast<float*>(take(plan.rows));
+    max = reinterpret_cast<float*>(take(plan.rows + kRowSlack));
+    sum = reinterpret_cast<float*>(take(plan.rows + kRowSlack));
     factors = reinterpret_cast<float*>(take(attention_width(plan.key_block)));
     index = reinterpret_cast<int32_t*>(take(lk));
   }
@@ -165,22 +166,29 @@ struct ForwardItem {
 
   void write(int64_t head, int64_t q, int64_t count) const {
     alignas(VK_VECTOR_BYTES) const float zeros[kLanes] = {};
+    alignas(VK_VECTOR_BYTES) float lse[kLanes], factor[kLanes];
     const int64_t row0 = first_row(head, q);
+    float* out_lse = call.lse + item.batch * call.lse_batch_stride + head * call.lse_head_stride + item.q_start + q;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t r = row0 + i;
-      const bool none = keys.count == 0 || buffer.sum[r] == 0.0f;
+      const int lane = static_cast<int>(i % kLanes);
+      if (lane == 0) {  // a register of rows at a time, those behind the last one included (kRowSlack)
+        const VecF sum = load(buffer.sum + row0 + i), max = load(buffer.max + row0 + i);
+        // an infinite score makes the sum NaN, and is itself the log-sum-exp
+        const VecF found = max == kInfinity ? max : max + log_of_sum(sum);
+        store(lse, sum == 0.0f ? splat(-kInfinity) : found);
+        if (keys.count == 0) store(lse, splat(-kInfinity));
+        store(factor, 1.0f / sum);
+      }
       const int64_t at = offset_of(call.out, item.batch, item.q_start + q + i, head);
-      float lse = -kInfinity;
-      if (none) {
+      fetch_ahead<Op>(call.out, at, i, count, call.dv);
+      if (lse[lane] == -kInfinity) {
         for (int64_t c = 0; c < call.dv; c += kLanes)
           write_row<Op>(call.out, at + c * call.out.col_stride, zeros, call.dv - c < kLanes ? call.dv - c : kLanes,
                         1.0f);
       } else {
-        write_row<Op>(call.out, at, buffer.result + r * value_width, call.dv, 1.0f / buffer.sum[r]);
-        // an infinite score makes the sum NaN, and is itself the log-sum-exp
-        lse = buffer.max[r] == kInfinity ? kInfinity : buffer.max[r] + log_of_sum(buffer.sum[r]);
+        write_row<Op>(call.out, at, buffer.result + (row0 + i) * value_width, call.dv, factor[lane]);
       }
-      call.lse[item.batch * call.lse_batch_stride + head * call.lse_head_stride + item.q_start + q + i] = lse;
+      out_lse[i] = lse[lane];
     }
   }
 

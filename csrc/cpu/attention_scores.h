@@ -155,23 +155,14 @@ inline void dropout_row(const AttentionCall& call, int64_t batch, int64_t head, 
   for (int64_t c = count; c < round_up(count, kLanes); ++c) factors[c] = 0.0f;  // they meet weights of 0
 }
 
-// log(x) for x >= 1 (a sum of shifted exponentials that holds a 1): once per row, so without an intrinsic.
-inline float log_of_sum(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (!(x < kInfinity)) return x;  // infinity and NaN
-  int exponent = static_cast<int>(bits >> 23) - 127;
-  bits = (bits & 0x7fffffu) | 0x3f800000u;
-  float mantissa;
-  std::memcpy(&mantissa, &bits, sizeof mantissa);
-  if (mantissa > 1.41421356f) {
-    mantissa *= 0.5f;
-    ++exponent;
-  }
-  // log(m) = 2 atanh(s), s = (m - 1) / (m + 1), |s| <= 0.172: the series to s^9 is exact to 1e-9; summed in double
-  const double s = (static_cast<double>(mantissa) - 1.0) / (static_cast<double>(mantissa) + 1.0), s2 = s * s;
-  const double series = ((((s2 / 11.0 + 1.0 / 9.0) * s2 + 1.0 / 7.0) * s2 + 1.0 / 5.0) * s2 + 1.0 / 3.0) * s2 + 1.0;
-  return static_cast<float>(2.0 * s * series + exponent * 0.693147180559945309);
+// log(x) for x >= 1: a sum of shifted exponentials, which holds a 1.
+inline VecF log_of_sum(VecF x) {
+  constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723e-6f;
+  const VecI exponent = ((VecI)x >> 23) - 127;
+  const VecF mantissa = (VecF)(((VecI)x & 0x7fffff) | 0x3f800000);
+  const VecF k = __builtin_convertvector(exponent, VecF);
+  const VecF result = k * kLn2High + (k * kLn2Low + log1p_unit(mantissa - 1.0f));
+  return x < kInfinity ? result : x;  // NaN stays
 }
 
 }  // namespace vk::cpu::VK_ISA_NAMESPACE

@@ -371,6 +371,15 @@ void pack_transposed(const HeadRows& rows, int64_t count, int64_t width, uint32_
   }
 }
 
+// Before row i of `count` is written: a later row moves from L2 to L1, because stores wait for their lines in order.
+template <class Op>
+inline void fetch_ahead(const AttentionTensor& t, int64_t at, int64_t i, int64_t count, int64_t width) {
+  constexpr int64_t kAhead = 6, kSize = 4 / Op::kDepthPerUnit, kLine = 64;
+  if (i + kAhead >= count || t.col_stride != 1) return;
+  const char* p = static_cast<const char*>(t.data) + kSize * (at + kAhead * t.row_stride);
+  for (int64_t b = 0; b < kSize * width; b += kLine) __builtin_prefetch(p + b, 1, 3);
+}
+
 // float32 scratch becomes a row of the caller's tensor, times `factor`.
 template <class Op>
 void write_row(const AttentionTensor& t, int64_t at, const float* from, int64_t width, float factor) {
