@@ -63,7 +63,7 @@ inline void slopes(Activation activation, const Rows& grad, int64_t n, int64_t r
 
 // Sums over the rows of columns [col0, col1) of g [m, n]: chains of eight rows, added up with the rounding errors kept
 // beside the total, so that the error does not grow with the number of rows.
-inline void column_sums(const Rows& g, int64_t m, int64_t n, int64_t col0, int64_t col1, void* out, Dtype dtype) {
+inline void column_sums(const Rows& g, int64_t m, int64_t, int64_t col0, int64_t col1, void* out, Dtype dtype) {
   constexpr int64_t kRowsInChain = 8;
   constexpr int64_t kColumns = 16 * kLanes;  // whole lines of a row while they are there
   for (int64_t first = col0; first < col1; first += kColumns) {

@@ -6,7 +6,6 @@ A module keeps its parameters, buffers, hooks and name; only its class changes, 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,9 +13,7 @@ from torch import Tensor, nn
 
 from vlmkernels.integrations._attend import multi_head_attention, multi_head_reasons
 from vlmkernels.integrations.torch import batch_first, sdpa
-from vlmkernels.ops import dispatch
-from vlmkernels.ops._library import autocast_dtype
-from vlmkernels.ops.linear import linear
+from vlmkernels.nn.linear import project
 
 __all__ = ["Converted", "FusedLinear", "FusedMultiheadAttention", "RoutedForward", "converted_class"]
 
@@ -41,13 +38,13 @@ class RoutedForward(Converted):
 
 
 class FusedLinear(Converted):
-    """`torch.nn.Linear` on `vk.linear`."""
+    """`torch.nn.Linear` on `vk.linear` where that is the faster one."""
 
     weight: Tensor
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        return _linear(input, self.weight, self.bias)
+        return project(input, self.weight, self.bias)
 
 
 class FusedMultiheadAttention(Converted):
@@ -91,32 +88,10 @@ class FusedMultiheadAttention(Converted):
             out_proj.bias,
             dropout_p=dropout if self.training else 0.0,
             # torch reads out_proj's weights and never calls it: that it is converted speaks for all projections.
-            linear=_linear if isinstance(out_proj, FusedLinear) else F.linear,
+            linear=project if isinstance(out_proj, FusedLinear) else F.linear,
             **masks,
         )
         return out if self.batch_first else out.transpose(0, 1), None
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`vk.linear` where it would run on a kernel, torch's everywhere else."""
-    if type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and _linear_kernel_serves(x, weight):
-        return linear(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-def _linear_kernel_serves(x: Tensor, weight: Tensor) -> bool:
-    if dispatch.registered_backends("linear") == ["reference"]:
-        return False
-    operand = autocast_dtype(x.device.type) or x.dtype
-    facts = {
-        "outputs": weight.shape[0],
-        "inputs": weight.shape[1],
-        "rows": math.prod(x.shape[:-1]),
-        "activation": None,
-        "x_dtype": operand,
-        "result_dtype": operand,
-    }
-    return dispatch.choose("linear", dispatch.Call(x.device.type, operand, facts), None) != "reference"
 
 
 _classes: dict[tuple[type[Converted], type[nn.Module]], type[nn.Module]] = {}

@@ -7,6 +7,7 @@ from vlmkernels.nn.attention import (
     MultiheadCrossAttention,
     MultiheadSelfAttention,
 )
+from vlmkernels.nn.linear import Linear
 from vlmkernels.nn.losses import ClipLoss, InfoNCELoss, LinearCrossEntropyLoss, MultiPositiveLoss, SigLipLoss
 from vlmkernels.nn.quantize import QuantizationReport, dequantize_, quantize_
 from vlmkernels.nn.quantized import FusedActivation, QuantizedLinear, QuantizedPatchEmbedding
@@ -30,6 +31,7 @@ __all__ = [
     "FusedActivation",
     "InfoNCELoss",
     "LayerNorm",
+    "Linear",
     "LinearCrossEntropyLoss",
     "MultiPositiveLoss",
     "MultiheadCrossAttention",

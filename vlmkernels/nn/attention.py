@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmkernels.nn.linear import Linear, project
 from vlmkernels.ops.attention import attention, attention_qkvpacked
 
 __all__ = ["AttentionPool", "AttentionPool2d", "MultiheadCrossAttention", "MultiheadSelfAttention"]
@@ -78,7 +79,7 @@ class MultiheadSelfAttention(nn.Module):
             self.register_parameter("in_proj_bias", None)
         # Set by `replace_in_proj` when something else (a quantized linear) computes the packed projection.
         self.in_proj: nn.Module | None = None
-        self.out_proj = nn.Linear(width, width, bias=bias, device=device, dtype=dtype)
+        self.out_proj = Linear(width, width, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -105,7 +106,7 @@ class MultiheadSelfAttention(nn.Module):
         packed = (
             self.in_proj(x)
             if self.in_proj is not None
-            else F.linear(x, self.in_proj_weight, self.in_proj_bias)
+            else project(x, self.in_proj_weight, self.in_proj_bias)
         )
         return packed.unflatten(-1, (3, self.heads, -1))
 
@@ -200,7 +201,7 @@ class MultiheadCrossAttention(nn.Module):
             self.in_proj_bias = nn.Parameter(torch.empty(3 * width, device=device, dtype=dtype))
         else:
             self.register_parameter("in_proj_bias", None)
-        self.out_proj = nn.Linear(width, width, bias=bias, device=device, dtype=dtype)
+        self.out_proj = Linear(width, width, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from vlmkernels.nn.linear import Linear
 from vlmkernels.nn.quantized import FusedActivation, QuantizedLinear, QuantizedPatchEmbedding
 from vlmkernels.nn.quantized_attention import QuantizedMultiheadAttention
 from vlmkernels.nn.transformer import MLP, QuickGELU
@@ -233,7 +234,7 @@ class _Conversion:
             if type(module).forward is not nn.Conv2d.forward:
                 return f"is a {type(module).__name__}, whose forward is its own"
             return QuantizedPatchEmbedding.why_not(module) or self._why_not_weights([module.weight])
-        if type(module).forward is not nn.Linear.forward:
+        if type(module).forward not in (nn.Linear.forward, Linear.forward):
             return f"is a {type(module).__name__}, whose forward is its own"
         return self._why_not_weights([module.weight])
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmkernels.nn.attention import MultiheadSelfAttention
+from vlmkernels.nn.linear import Linear
 
 __all__ = ["MLP", "DropPath", "LayerNorm", "QuickGELU", "Transformer", "TransformerBlock", "activation"]
 
@@ -106,9 +107,9 @@ class MLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(width, hidden, device=device, dtype=dtype)
+        self.c_fc = Linear(width, hidden, device=device, dtype=dtype)
         self.act = activation(act)
-        self.c_proj = nn.Linear(hidden, width, device=device, dtype=dtype)
+        self.c_proj = Linear(hidden, width, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, L, D]
         return self.c_proj(self.act(self.c_fc(x)))

@@ -70,6 +70,10 @@ def float_reasons(call: Call) -> list[str]:
 def not_default(call: Call) -> list[str]:
     """Where torch's own linear layer is the faster one, by benchmarks/bench_quantized.py."""
     facts = call.facts
+    if "Intel" in _native.cpu.cpu_brand():
+        return [
+            "torch multiplies with the maker's own library on this processor, and nobody has measured the two"
+        ]
     if facts["rows"] < FEWEST_ROWS or min(facts["inputs"], facts["outputs"]) < SMALLEST_WIDTH:
         return [f"torch's product is as fast below {FEWEST_ROWS} rows or widths of {SMALLEST_WIDTH}"]
     if facts["gradient"] and (call.dtype != torch.float32 or facts["activation"] is not None):

@@ -16,7 +16,7 @@ from vlmkernels.ops._library import autocast_dtype, differentiate, follow_autoca
 from vlmkernels.ops.dispatch import Call, choose, register_backend
 from vlmkernels.ops.reference import linear as reference
 
-__all__ = ["linear"]
+__all__ = ["linear", "outruns_torch"]
 
 
 def linear(
@@ -67,7 +67,38 @@ def linear(
     _check_compute_dtype(op, compute_dtype)
     x, weight, bias = operands_under_autocast(op, x, weight, bias, residual, compute_dtype)
     _check_linear(x, weight, bias, residual, activation)
-    operand = compute_dtype or x.dtype
+    needs = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, residual)
+    )
+    name = choose(op, _call(x, weight, residual, activation, compute_dtype or x.dtype, needs), backend)
+    if name == "reference":
+        return reference.linear(
+            x, weight, bias, activation=activation, residual=residual, compute_dtype=compute_dtype
+        )
+    return _linear(x, weight, bias, residual, activation, compute_dtype, name)
+
+
+def outruns_torch(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` in float32, without an activation, takes the tile engine by itself: what `vk.nn` asks before it
+    leaves torch's product, which costs less per call.
+    """
+    plain = type(x) in (Tensor, torch.nn.Parameter) and type(weight) in (Tensor, torch.nn.Parameter)
+    if not plain or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
+        return False
+    if autocast_dtype("cpu") is not None or torch.compiler.is_compiling():
+        return False
+    needs = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return choose("linear", _call(x, weight, None, None, x.dtype, needs), None) == "cpu"
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    operand: torch.dtype,
+    needs_gradient: bool,
+) -> Call:
     facts = {
         "outputs": weight.shape[0],
         "inputs": weight.shape[1],
@@ -75,15 +106,9 @@ def linear(
         "activation": activation,
         "x_dtype": x.dtype,
         "result_dtype": reference.output_dtype(x, residual),
-        "gradient": torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)),
+        "gradient": needs_gradient,
     }
-    name = choose(op, Call(x.device.type, operand, facts), backend)
-    if name == "reference":
-        return reference.linear(
-            x, weight, bias, activation=activation, residual=residual, compute_dtype=compute_dtype
-        )
-    return _linear(x, weight, bias, residual, activation, compute_dtype, name)
+    return Call(x.device.type, operand, facts)
 
 
 def operands_under_autocast(
