@@ -17,7 +17,7 @@ namespace {
 constexpr double kWorkOfAThread = 2e6;
 // Results from this size on are asked for in large pages: a fresh result is zeroed and mapped page by page while it is
 // written, which at 4 KiB takes as long as a product of a few hundred inputs.
-constexpr int64_t kLargeResult = int64_t{8} << 20;
+constexpr int64_t kLargeResult = int64_t{4} << 20;
 constexpr int64_t kLargePage = int64_t{2} << 20;
 
 float from_bf16(uint16_t x) {
@@ -141,6 +141,8 @@ int64_t packed_weight_bytes(WeightKind kind, int64_t n, int64_t k, int64_t group
 void pack_weight(WeightKind kind, const CanonicalWeight& weight, char* packed, int threads) {
   const QuantizedKernels& k = kernels().quantized;
   if (weight.n == 0) return;
+  // A row streams the weight past once: with small pages, every 4 KiB would wait for its translation.
+  ask_for_large_pages(packed, k.packed_bytes(kind, weight.n, weight.k, weight.group));
   const int64_t parts = std::min<int64_t>(ceil_div(weight.n, k.cols), 4 * threads);
   parallel_for(threads, parts, [&](int64_t part) {
     const Range cols = cut(weight.n, k.cols, part, parts);

@@ -16,6 +16,7 @@ namespace vk::cpu::VK_ISA_NAMESPACE {
 inline constexpr int kFewRows = 4;
 inline constexpr int kDigits = 4;
 inline constexpr int kIntegerBits = 30;
+inline constexpr int64_t kStreamAhead = 4096;  // bytes
 
 // Of one row: per group the unit and the sums of the digits, then the digits, [kDigits][k / 4] units.
 struct FewLayout {
@@ -102,10 +103,11 @@ void few_rows_of(const LinearProblem& p, int64_t col0, int64_t col1, const char*
       const auto zero = (__m512i)widen_zeros(block + g * kLanes);
       const VecF scale = load(reinterpret_cast<const float*>(at));
       at += kLanes * 4;
-      __m512i sum[M][kDigits];
+      __m512i sum[M][kDigits], more[M][kDigits];  // two, so that none waits for its own last step
       const uint32_t* digits[M];
       for (int r = 0; r < M; ++r) {
         const auto* terms = reinterpret_cast<const GroupTerms*>(prepared + r * rows.row) + g;
+        for (int d = 0; d < kDigits; ++d) more[r][d] = _mm512_setzero_si512();
         for (int d = 0; d < kDigits; ++d) sum[r][d] = _mm512_mullo_epi32(zero, _mm512_set1_epi32(-terms->sums[d]));
         digits[r] = reinterpret_cast<const uint32_t*>(prepared + r * rows.row + rows.digits) + g * p.group / 4;
       }
@@ -113,7 +115,7 @@ void few_rows_of(const LinearProblem& p, int64_t col0, int64_t col1, const char*
       const __m512i mask = _mm512_set1_epi8(15);
       for (int64_t s = 0; s < steps; ++s) {
         const __m512i nibbles = _mm512_loadu_si512(at);
-        _mm_prefetch(at + 4096, _MM_HINT_T0);
+        _mm_prefetch(at + kStreamAhead, _MM_HINT_T0);
         at += kLanes * 4;
         const __m512i low = _mm512_and_si512(nibbles, mask);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), mask);
@@ -123,14 +125,15 @@ void few_rows_of(const LinearProblem& p, int64_t col0, int64_t col1, const char*
           for (int d = 0; d < kDigits; ++d) {
             const uint32_t* digit = digits[r] + d * digit_stride + 2 * s;
             sum[r][d] = _mm512_dpbusd_epi32(sum[r][d], low, _mm512_set1_epi32(static_cast<int>(digit[0])));
-            sum[r][d] = _mm512_dpbusd_epi32(sum[r][d], high, _mm512_set1_epi32(static_cast<int>(digit[1])));
+            more[r][d] = _mm512_dpbusd_epi32(more[r][d], high, _mm512_set1_epi32(static_cast<int>(digit[1])));
           }
         }
       }
       for (int r = 0; r < M; ++r) {
         const float unit = (reinterpret_cast<const GroupTerms*>(prepared + r * rows.row) + g)->unit;
-        VecF whole = __builtin_convertvector((VecI)sum[r][kDigits - 1], VecF);
-        for (int d = kDigits - 2; d >= 0; --d) whole = whole * 256.0f + __builtin_convertvector((VecI)sum[r][d], VecF);
+        auto digit_sum = [&](int d) { return __builtin_convertvector((VecI)sum[r][d] + (VecI)more[r][d], VecF); };
+        VecF whole = digit_sum(kDigits - 1);
+        for (int d = kDigits - 2; d >= 0; --d) whole = whole * 256.0f + digit_sum(d);
         out[r] += whole * (scale * unit);
       }
     }
