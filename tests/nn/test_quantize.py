@@ -110,7 +110,7 @@ def test_filter_decides_by_module_and_name():
     assert set(model.quantization_report.left_alone.values()) == {"filter_fn said no"}
     assert type(model.head) is nn.Linear
     assert model.transformer.resblocks[0].attn.in_proj is None
-    assert type(model.transformer.resblocks[0].attn.out_proj) is nn.Linear
+    assert isinstance(model.transformer.resblocks[0].attn.out_proj, nn.Linear)
 
 
 def test_multihead_attention_is_converted_whole():
