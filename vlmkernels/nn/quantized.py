@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmkernels.nn.linear import Linear
 from vlmkernels.ops import _check
 from vlmkernels.ops.quantized import QuantizedWeight, quantize_weight, quantized_linear
 
@@ -63,6 +64,8 @@ class QuantizedLinear(nn.Module):
     zero_point: Tensor | None
     input_scale: Tensor | None
     bias: nn.Parameter | None
+    # What `to_float` gives back.
+    _float_class: type[nn.Linear] = nn.Linear
 
     def __init__(
         self,
@@ -153,6 +156,8 @@ class QuantizedLinear(nn.Module):
             backend=backend,
             weight_dtype=linear.weight.dtype,
         )
+        if type(linear) is Linear:
+            layer._float_class = Linear
         return layer.train(linear.training)
 
     @classmethod
@@ -271,7 +276,7 @@ class QuantizedLinear(nn.Module):
                 f"vk.nn.QuantizedLinear.to_float: the layer fuses {self.activation!r}; set `activation` "
                 "to None and apply it outside"
             )
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear = self._float_class(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self.weight)
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
