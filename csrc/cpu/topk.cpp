@@ -337,31 +337,42 @@ class Search {
     TopkEntry* entries = scan.entries + slot * scan.capacity;
     int64_t count = scan.found[slot];
     if (count > k) {
-      scan.raise_threshold(part, i, kth_lower(entries, count));
-      count = keep_possible(entries, count, scan.threshold_of(part, i));
-    }
-    if (count > k && coarse_) {
-      // The bounds of codes are wide: the exact scores of the rows that look best exclude several times as many others.
-      scan.raise_threshold(part, i, score_best(i, entries, count, scored_[static_cast<size_t>(slot)]));
+      // The bounds of codes are wide: the exact scores of the rows that look best exclude several times as many others
+      // as their lower bounds do.
+      int64_t& scored = scored_[static_cast<size_t>(slot)];
+      scan.raise_threshold(part, i, coarse_ ? score_best(i, entries, count, scored) : kth_lower(entries, count));
       count = keep_possible(entries, count, scan.threshold_of(part, i));
     }
     if (count > scan.capacity - scan.capacity / 4) count = resolve(part, i, entries, count);
     scan.found[slot] = static_cast<int32_t>(count);
   }
 
-  // The k-th largest lower bound, k below count; entries change places.
-  float kth_lower(TopkEntry* entries, int64_t count) const {
-    std::nth_element(entries, entries + (scan.k - 1), entries + count,
-                     [](const TopkEntry& a, const TopkEntry& b) { return a.lower > b.lower; });
-    return entries[scan.k - 1].lower;
+  // The k-th largest of what `key` gives for the entries, k below count. On plain numbers: entries are long to move.
+  template <class Key>
+  float kth_largest(const TopkEntry* entries, int64_t count, Key key) const {
+    static thread_local std::vector<float> keys;
+    keys.resize(static_cast<size_t>(count));
+    for (int64_t e = 0; e < count; ++e) keys[static_cast<size_t>(e)] = key(entries[e]);
+    std::nth_element(keys.begin(), keys.begin() + (scan.k - 1), keys.end(), std::greater<float>());
+    return keys[static_cast<size_t>(scan.k - 1)];
+  }
+
+  float kth_lower(const TopkEntry* entries, int64_t count) const {
+    return kth_largest(entries, count, [](const TopkEntry& e) { return e.lower; });
   }
 
   // Scores the k entries that look best, which come first then; the threshold that follows from them.
   float score_best(int64_t i, TopkEntry* entries, int64_t count, int64_t& scored) {
     // Rows that the bounds do not describe look like nothing: they come last.
     auto looks = [](const TopkEntry& e) { return e.upper == kInfinity ? -kInfinity : e.upper + e.lower; };
-    std::nth_element(entries, entries + (scan.k - 1), entries + count,
-                     [&](const TopkEntry& a, const TopkEntry& b) { return looks(a) > looks(b); });
+    const float kth = kth_largest(entries, count, looks);
+    int64_t front = 0;
+    for (int64_t e = 0; e < count && front < scan.k; ++e) {
+      if (looks(entries[e]) > kth) std::swap(entries[e], entries[front++]);
+    }
+    for (int64_t e = front; e < count && front < scan.k; ++e) {
+      if (looks(entries[e]) == kth) std::swap(entries[e], entries[front++]);
+    }
     score(i, entries, scan.k, scored);
     float worst = kInfinity;
     for (int64_t e = 0; e < scan.k; ++e) worst = std::min(worst, as_threshold(scan, i, entries[e].score));
@@ -370,7 +381,8 @@ class Search {
 
   void score(int64_t i, TopkEntry* entries, int64_t count, int64_t& scored) const {
     for (int64_t e = 0; e < count; ++e) scored += !entries[e].scored;
-    std::vector<char> room(static_cast<size_t>(exact_scratch()));
+    static thread_local std::vector<char> room;
+    room.resize(static_cast<size_t>(exact_scratch()));
     kernels().topk.exact(scan, i, entries, count, room.data());
   }
 
@@ -410,7 +422,10 @@ class Search {
     for (int part = 0; part < plan_.row_parts; ++part) {
       const int64_t slot = part * scan.padded + i;
       const TopkEntry* from = scan.entries + slot * scan.capacity;
-      entries.insert(entries.end(), from, from + scan.found[slot]);
+      const float threshold = scan.threshold_of(part, i);
+      for (int32_t e = 0; e < scan.found[slot]; ++e) {
+        if (!(from[e].upper < threshold)) entries.push_back(from[e]);
+      }
     }
     int64_t& scored = rescored_[static_cast<size_t>(share)];
     auto count = static_cast<int64_t>(entries.size());
