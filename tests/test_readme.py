@@ -148,10 +148,11 @@ def test_figures_of_the_speed_table_are_committed_results() -> None:
     assert not differ, f"the committed results give this table:\n{table}"
 
 
-def test_rows_of_the_speed_table_are_cases_of_the_suite() -> None:
+def test_rows_without_figures_are_cases_of_the_suite() -> None:
     from bench_contrastive import CASES
 
-    assert {name_of(line) for line in table_lines()} <= {case.name for case in CASES}
+    waiting = {name_of(line) for line in table_lines() if line.endswith(NO_FIGURES)}
+    assert waiting <= {case.name for case in CASES}
 
 
 def test_no_speed_is_claimed_outside_the_table() -> None:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import vlmkernels as vk
-from vlmkernels.integrations import _attend, _modules, convert
-from vlmkernels.ops import dispatch
+from vlmkernels.integrations import _attend, convert
+from vlmkernels.nn import linear as fused_linear
 
 pytestmark = pytest.mark.usefixtures("ignored_warnings")
 
@@ -399,7 +399,7 @@ def test_it_takes_modules_only():
 def test_linear_layers_run_on_ours_where_it_has_a_kernel(monkeypatch, same_training, varied):
     model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 8, bias=False))
     calls = []
-    monkeypatch.setattr(_modules, "_linear_kernel_serves", lambda x, weight: calls.append(x) or True)
+    monkeypatch.setattr(fused_linear, "outruns_torch", lambda x, weight: calls.append(x) or True)
 
     def run(dtype: torch.dtype, ours: bool, draw: int) -> list[torch.Tensor]:
         twin = varied(model, dtype, draw)
@@ -410,19 +410,6 @@ def test_linear_layers_run_on_ours_where_it_has_a_kernel(monkeypatch, same_train
 
     same_training(run, "output and gradients")
     assert len(calls) == 2 * DRAWS
-
-
-def test_linear_layers_ask_the_dispatcher(monkeypatch):
-    """With a backend for it, vk.linear runs; what it cannot serve stays torch's and never the reference's."""
-    monkeypatch.setitem(dispatch._backends, "linear", [])
-    weight = torch.randn(8, 32)
-    assert not _modules._linear_kernel_serves(X, weight)
-    reasons = lambda call: [] if call.facts["rows"] == 18 and call.dtype == torch.float32 else ["no"]  # noqa: E731
-    dispatch.register_backend("linear", "cpu", reasons)
-    assert _modules._linear_kernel_serves(X, weight)
-    assert not _modules._linear_kernel_serves(X[:2], weight)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not _modules._linear_kernel_serves(X, weight)
 
 
 def test_linear_layers_of_this_machine(block):
