@@ -23,6 +23,8 @@ LARGEST_K = 131072
 #: `vk.linear` packs its weight in every call, which so many rows pay for.
 FEWEST_ROWS = 1024
 SMALLEST_WIDTH = 512
+# read once: a compiler that traces a call cannot look into the extension
+_ON_INTEL = _native.cpu_reason is None and "Intel" in _native.cpu.cpu_brand()
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -70,7 +72,7 @@ def float_reasons(call: Call) -> list[str]:
 def not_default(call: Call) -> list[str]:
     """Where torch's own linear layer is the faster one, by benchmarks/bench_quantized.py."""
     facts = call.facts
-    if "Intel" in _native.cpu.cpu_brand():
+    if _ON_INTEL:
         return [
             "torch multiplies with the maker's own library on this processor, and nobody has measured the two"
         ]
