@@ -20,6 +20,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import contrastive as eager
 from peers.loading import import_open_clip
 from torch import Tensor, nn
 
@@ -76,11 +77,11 @@ def seconds(call: Callable[[], Tensor], rounds: int = 3) -> float:
 @pytest.fixture(scope="module")
 def bfloat16_peer(twins: tuple[nn.Module, nn.Module]) -> Callable[[Tensor], tuple[str, Callable[[], Tensor]]]:
     """`bfloat16_peer(x)`: the faster of open_clip's eager and compiled bfloat16 towers for a batch, and its name."""
-    eager = copy.deepcopy(twins[1].visual).bfloat16()
-    compiled = torch.compile(copy.deepcopy(eager))
+    plain = copy.deepcopy(twins[1].visual).bfloat16()
+    compiled = torch.compile(copy.deepcopy(plain))
 
     def choose(x: Tensor) -> tuple[str, Callable[[], Tensor]]:
-        calls = {name: inference(tower, x) for name, tower in (("eager", eager), ("compiled", compiled))}
+        calls = {name: inference(tower, x) for name, tower in (("eager", plain), ("compiled", compiled))}
         name = min(calls, key=lambda name: seconds(calls[name]))
         return f"open_clip bfloat16, {name}", calls[name]
 
@@ -142,16 +143,11 @@ def training_step(model: nn.Module, loss: Callable[..., Tensor], autocast: bool)
     return step
 
 
-def eager_clip_loss(u: Tensor, v: Tensor, scale: Tensor) -> Tensor:
-    logits, pairs = scale * u @ v.T, torch.arange(len(u))
-    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
-
-
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_training_step(pairs, row, twins, kind: str) -> None:
     autocast = kind == "bfloat16"
     ours = training_step(twins[0], vk.clip_loss, autocast)
-    peer = training_step(twins[1], eager_clip_loss, autocast)
+    peer = training_step(twins[1], eager.clip_loss, autocast)
     first, expected = ours(), peer()
     # Under autocast the two round in other places; the loss of 32 pairs is about ln 32.
     assert abs(first - expected) <= (2e-2 if autocast else 1e-4), (first, expected)

@@ -19,8 +19,6 @@ import functools
 import json
 import math
 import mmap as mmap_module
-import os
-import secrets
 import struct
 import warnings
 from collections.abc import Iterator
@@ -32,6 +30,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _native
+from vlmkernels._files import write_atomically
 
 from . import _topk_cpu
 from .reference.quantized import quantize_rows_int8
@@ -417,24 +416,13 @@ def write_file(path: Path, snapshot: Snapshot, metadata: dict[str, str]) -> None
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
 
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name in snapshot.layout.columns():
                 file.writelines(_blocks(snapshot, name))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        # Without this a crash of the machine may undo the rename, though never tear the file.
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+
+    write_atomically(path, write)
 
 
 def _blocks(snapshot: Snapshot, name: str) -> Iterator[memoryview]:
