@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from group_programs import run_group
+from open_clip_ranks import averaged_gradients, features
 from oracle import assert_as_accurate
 
 from vlmkernels.integrations import open_clip as ours
@@ -19,14 +19,6 @@ from vlmkernels.integrations import open_clip as ours
 pytestmark = pytest.mark.usefixtures("ignored_warnings")
 
 NAMES = ("ClipLoss", "SigLipLoss", "CoCaLoss")
-
-
-def features(dtype: torch.dtype = torch.float32, rows: int = 37) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs that are near each other, so that the losses have something to say."""
-    generator = torch.Generator().manual_seed(5)
-    images = torch.randn(rows, 24, generator=generator)
-    texts = images + torch.randn(rows, 24, generator=generator)
-    return F.normalize(images, dim=-1).to(dtype), F.normalize(texts, dim=-1).to(dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -178,31 +170,10 @@ def test_several_processes_need_a_process_group(name):
         getattr(ours, name)(rank=0, world_size=2)(*features(), 10.0, -10.0)
 
 
-def _averaged_gradients(rank: int, size: int, name: str, use_ours: bool) -> list:
-    """What DDP leaves of a step on this rank's half of the batch: parameters of two towers, scale and bias."""
-    from peers.loading import import_open_clip
-
-    module = ours if use_ours else import_open_clip().loss
-    options: dict[str, Any] = {"rank": rank, "world_size": size}
-    if name == "ClipLoss":
-        options |= {"local_loss": True, "gather_with_grad": True}
-    images, texts = (x.chunk(size)[rank] for x in features(rows=12))
-    torch.manual_seed(13)
-    towers = torch.nn.ModuleList([torch.nn.Linear(24, 16), torch.nn.Linear(24, 16)])
-    scalars = [torch.tensor(x, requires_grad=True) for x in (7.0, -3.0)[: 1 + (name == "SigLipLoss")]]
-    u, v = (F.normalize(tower(x), dim=-1) for tower, x in zip(towers, (images, texts), strict=True))
-    loss = getattr(module, name)(**options)(u, v, *scalars)
-    grads = torch.autograd.grad(loss, [*towers.parameters(), *scalars])
-    for grad in grads:
-        if size > 1:
-            dist.all_reduce(grad)
-    return [(grad / size).numpy() for grad in grads]
-
-
 @pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
 def test_ranks_train_as_open_clips_and_as_one_process(open_clip, name):
-    theirs, mine = (run_group(2, _averaged_gradients, name, use_ours) for use_ours in (False, True))
-    alone = _averaged_gradients(0, 1, name, True)
+    theirs, mine = (run_group(2, averaged_gradients, name, use_ours) for use_ours in (False, True))
+    alone = averaged_gradients(0, 1, name, True)
     # Some ten roundings of float32 separate the orders of summation, of gradients below one.
     for rank in range(2):
         for a, b, c in zip(mine[rank], theirs[rank], alone, strict=True):

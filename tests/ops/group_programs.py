@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import datetime
 import os
+import queue
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -40,11 +42,10 @@ def _enter(
         dist.destroy_process_group()
 
 
-def run_group(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(rank, size, *arguments)` in `size` processes; what each returned, in the order of the ranks.
+def start_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> tuple[list[Any], Any]:
+    """Starts `function(rank, size, *arguments)` in `size` processes: the processes, and the queue of their answers.
 
-    A function returns plain Python or NumPy values: tensors would travel through shared memory that their process takes
-    with it.
+    `function` must live in a module that a new process can import by name, so in none of the test modules.
     """
     context = mp.get_context("spawn")
     results = context.Queue()
@@ -55,13 +56,32 @@ def run_group(size: int, function: Callable[..., Any], *arguments: Any) -> list[
     ]
     for process in processes:
         process.start()
+    return processes, results
+
+
+def run_group(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(rank, size, *arguments)` in `size` processes; what each returned, in the order of the ranks.
+
+    A function returns plain Python or NumPy values: tensors would travel through shared memory that their process takes
+    with it.
+    """
+    processes, results = start_ranks(size, function, *arguments)
+    answers: list[Any] = []
+    deadline = time.monotonic() + 2 * TIMEOUT
     try:
-        answers = sorted(results.get(timeout=2 * TIMEOUT) for _ in processes)
+        while len(answers) < size:
+            try:
+                answers.append(results.get(timeout=1))
+            except queue.Empty:
+                # A process that failed before its program began will never answer.
+                ended = {rank: p.exitcode for rank, p in enumerate(processes) if p.exitcode}
+                assert not ended, f"ranks ended without an answer, by exit code: {ended}"
+                assert time.monotonic() < deadline, f"{size - len(answers)} of {size} ranks do not answer"
         errors = [error for _, _, error in answers if error is not None]
         assert not errors, errors[0]
     finally:
         for process in processes:
-            process.join(timeout=10)
+            process.join(timeout=10 if len(answers) == size else 0)
             if process.is_alive():
                 process.kill()
-    return [value for _, value, _ in answers]
+    return [value for _, value, _ in sorted(answers, key=lambda answer: answer[0])]
