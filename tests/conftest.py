@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of every test: seeds, threads, the gpu marker, and a header that says what is being tested."""
+"""Settings of every test: seeds, threads, the gpu marker, a header that says what is being tested, and the recording of
+what systems were seen to do."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 import vlmkernels
 from vlmkernels import _native
+from vlmkernels._files import write_text_atomically
+from vlmkernels.systems import Claim, claims_file, recorded_claims
 
 SEED = 20210226  # the day the CLIP paper was submitted
 
@@ -60,3 +66,43 @@ def _same_threads_afterwards() -> Iterator[None]:
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-claims",
+        action="store_true",
+        help="write what the systems' behavioural tests see into vlmkernels/results/",
+    )
+
+
+@pytest.fixture
+def record_claim(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`record_claim(system=, claim=, expected=, seen=, holds=, seeds=)` states what a behavioural test saw.
+
+    It is written only under --record-claims. One system's claims are told apart by test and claim; a second run
+    replaces the first.
+    """
+    began = time.perf_counter()
+
+    def record(*, system: str, claim: str, expected: str, seen: str, holds: bool, seeds: list[int]) -> None:
+        new = Claim(
+            system=system,
+            claim=claim,
+            expected=expected,
+            seen=seen,
+            holds=bool(holds),
+            seeds=tuple(seeds),
+            seconds=round(time.perf_counter() - began, 1),
+            test=request.node.nodeid,
+        )
+        if not request.config.getoption("--record-claims"):
+            return
+        others = [c for c in recorded_claims(system) if (c.test, c.claim) != (new.test, new.claim)]
+        claims = sorted([*others, new], key=lambda c: (c.test, c.claim))
+        path = claims_file(system)
+        path.parent.mkdir(exist_ok=True)
+        rows = [dataclasses.asdict(c) for c in claims]
+        write_text_atomically(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+
+    return record

@@ -2,12 +2,15 @@
 """The registry of systems."""
 
 import ast
+import dataclasses
+import json
 import pathlib
 
 import pytest
 
 import vlmkernels.models
 from vlmkernels import systems
+from vlmkernels.cli.systems import register_all
 from vlmkernels.nn import SigLipLoss
 
 
@@ -65,3 +68,40 @@ def test_imports_nothing_of_ours():
     imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
     assert not [name for name in imported if name.startswith("vlmkernels")]
+
+
+def recorded():
+    return sorted(systems.claims_file("x").parent.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", recorded(), ids=lambda path: path.stem)
+def test_recorded_claims_belong_to_a_system_and_a_test_that_exists(path):
+    register_all()
+    rows = json.loads(path.read_text())
+    claims = systems.recorded_claims(rows[0]["system"])
+    assert [dataclasses.asdict(c) | {"seeds": list(c.seeds)} for c in claims] == rows
+    root = pathlib.Path(__file__).parents[1]
+    for claim in claims:
+        assert systems.claims_file(claim.system) == path
+        assert systems.get_system(claim.system)
+        file, _, name = claim.test.partition("::")
+        assert f"def {name.split('::')[-1].partition('[')[0]}(" in (root / file).read_text()
+        assert claim.claim and claim.expected and claim.seen and claim.seeds
+
+
+def test_a_claim_is_recorded_and_read_back(monkeypatch, tmp_path, pytestconfig, record_claim):
+    monkeypatch.setattr(systems, "_RESULTS", tmp_path)
+    monkeypatch.setattr(pytestconfig.option, "record_claims", True)
+    for seen in ("1 of 2", "2 of 2"):
+        record_claim(
+            system="A system (v2)",
+            claim="it works",
+            expected="2 of 2",
+            seen=seen,
+            holds=seen[0] == "2",
+            seeds=[3],
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["a-system-v2.json"]
+    (claim,) = systems.recorded_claims("A system (v2)")
+    assert (claim.seen, claim.holds, claim.seeds) == ("2 of 2", True, (3,))
+    assert claim.test.endswith("test_systems.py::test_a_claim_is_recorded_and_read_back")

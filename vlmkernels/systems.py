@@ -1,16 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of systems: the papers implemented here, each with its kind and entry point.
+"""The registry of systems: the papers implemented here, each with its kind, entry point and what it was seen to do.
 
 Imports nothing of ours, so that every part of the package may register here.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["System", "get_system", "list_systems", "register_system"]
+__all__ = [
+    "Claim",
+    "System",
+    "claims_file",
+    "get_system",
+    "list_systems",
+    "recorded_claims",
+    "register_system",
+]
 
 _Entry = TypeVar("_Entry", bound=Callable[..., Any])
 
@@ -85,3 +96,45 @@ def get_system(name: str) -> System:
     if name.lower() not in _SYSTEMS:
         raise ValueError(f"get_system: expected one of {[s.name for s in list_systems()]}, got {name!r}")
     return _SYSTEMS[name.lower()]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a system is said to do, and what it did on real data when its test was last recorded.
+
+    Attributes:
+        system: Name of the system.
+        claim: What is tested, in a sentence.
+        expected: What the paper, or the specification made from it, lets one expect.
+        seen: What came out, with figures and their units.
+        holds: Whether that is what was expected.
+        seeds: The seeds that it ran with.
+        seconds: How long the test took on the machine that recorded it.
+        test: The test that makes it again, as "tests/...py::name".
+    """
+
+    system: str
+    claim: str
+    expected: str
+    seen: str
+    holds: bool
+    seeds: tuple[int, ...]
+    seconds: float
+    test: str
+
+
+_RESULTS = Path(__file__).parent / "results"
+
+
+def claims_file(system: str) -> Path:
+    """Returns the file of a system's recorded claims (it need not exist): a JSON list with a `Claim`'s fields."""
+    return _RESULTS / (re.sub(r"[^a-z0-9]+", "-", system.lower()).strip("-") + ".json")
+
+
+def recorded_claims(system: str) -> list[Claim]:
+    """Returns the recorded claims of a system, in the order of their tests; none where nothing was recorded."""
+    path = claims_file(system)
+    if not path.is_file():
+        return []
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Claim(**row | {"seeds": tuple(row["seeds"])}) for row in rows]
