@@ -2,8 +2,15 @@
 """Reference models, their registry and their checkpoints. Names only."""
 
 from vlmkernels.models._layouts import convert_state_dict
-from vlmkernels.models._registry import create, list_models, pretrained_dir, register_model
+from vlmkernels.models._registry import (
+    create,
+    list_models,
+    pretrained_dir,
+    register_architecture,
+    register_model,
+)
 from vlmkernels.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from vlmkernels.models.training import Concept, Trainable, TrainingBatch, TrainingFacts, contrastive_loss
 from vlmkernels.models.weights import (
     infer_config,
     load_checkpoint,
@@ -14,8 +21,13 @@ from vlmkernels.models.weights import (
 __all__ = [
     "CLIP",
     "CLIPConfig",
+    "Concept",
     "TextConfig",
+    "Trainable",
+    "TrainingBatch",
+    "TrainingFacts",
     "VisionConfig",
+    "contrastive_loss",
     "convert_state_dict",
     "create",
     "infer_config",
@@ -23,6 +35,7 @@ __all__ = [
     "load_checkpoint",
     "load_state_dict_file",
     "pretrained_dir",
+    "register_architecture",
     "register_model",
     "save_pretrained",
 ]

@@ -20,14 +20,16 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmkernels.models._registry import register_model
+from vlmkernels.models._config import ModelConfig
+from vlmkernels.models._registry import register_architecture, register_model
+from vlmkernels.models.training import Trainable
 from vlmkernels.nn.attention import AttentionPool2d, MultiheadSelfAttention
 from vlmkernels.nn.losses import SigLipLoss
 from vlmkernels.nn.transformer import MLP, LayerNorm, Transformer
@@ -159,7 +161,7 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class CLIPConfig:
+class CLIPConfig(ModelConfig):
     """A whole CLIP.
 
     Attributes:
@@ -179,39 +181,6 @@ class CLIPConfig:
     init_logit_scale: float = math.log(1 / 0.07)
     init_logit_bias: float | None = None
     name: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns nested plain dicts, fit for JSON and for `from_dict`."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CLIPConfig:
-        """Builds a configuration from nested dicts; fields that are missing take their defaults.
-
-        Raises:
-            ValueError: If a field is unknown.
-        """
-        return cls().override(**values)
-
-    def override(self, **values: Any) -> CLIPConfig:
-        """Returns a copy with fields replaced; a dict for `vision` or `text` replaces single fields of it.
-
-        Raises:
-            ValueError: If a field is unknown.
-        """
-        return _override(self, values)
-
-
-def _override(config: Any, values: dict[str, Any]) -> Any:
-    known = {f.name for f in fields(config)}
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{type(config).__name__}: expected fields among {sorted(known)}, got {name!r}")
-    changes = dict(values)
-    for name in ("vision", "text"):
-        if isinstance(changes.get(name), dict):
-            changes[name] = _override(getattr(config, name), changes[name])
-    return replace(config, **changes)
 
 
 class Bottleneck(nn.Module):
@@ -423,7 +392,7 @@ def _init_text_block(attention: MultiheadSelfAttention, mlp: MLP, config: TextCo
     nn.init.normal_(mlp.c_proj.weight, std=residual_std)
 
 
-class CLIP(nn.Module):
+class CLIP(Trainable, nn.Module):
     """Image tower, text tower and the scale of their similarities.
 
     Args:
@@ -644,6 +613,8 @@ def _register(name: str) -> None:
 
 for _name in CONFIGS:
     _register(_name)
+
+register_architecture("CLIP", CLIP, CLIPConfig)
 
 register_system(
     "CLIP",

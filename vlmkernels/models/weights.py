@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmkernels._files import write_atomically, write_text_atomically
+from vlmkernels.models._config import ModelConfig
 from vlmkernels.models._layouts import EXTRAS, convert_state_dict, layer_indices, strip_wrappers, to_openai
+from vlmkernels.models._registry import Architecture, architecture, architecture_of
 from vlmkernels.models._torchscript import is_torchscript, read_torchscript
 from vlmkernels.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
 
@@ -106,12 +108,12 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
-) -> CLIP:
-    """Loads a CLIP from a file or a folder, in eval mode.
+) -> Any:
+    """Loads a model from a file or a folder, in eval mode.
 
-    Recognised: our folders; OpenAI's archives (TorchScript) and state dicts; open_clip files and folders,
-        custom text
-    layout and training checkpoints included; transformers `CLIPModel` folders and files. Containers:
+    Recognised: our folders, of any architecture; of CLIP also OpenAI's archives (TorchScript) and state dicts,
+    open_clip files and folders, custom text layout and training checkpoints included, and transformers
+    `CLIPModel` folders and files. Containers:
     safetensors (also sharded), pickles that hold nothing but tensors, TorchScript archives (only their
     tensors are read; their code is neither loaded nor run).
 
@@ -138,16 +140,23 @@ def load_checkpoint(
     state_dict, metadata = load_state_dict_file(path)
     state_dict = strip_wrappers(state_dict)
     folder = path if path.is_dir() else path.parent if path.name in _WEIGHT_FILES else None
-    config = _read_config(path, folder, metadata, state_dict, act=overrides.get("act")).override(**overrides)
-    openai = _fit_shapes(to_openai(state_dict), config)
+    kind, config = _own_config(folder, metadata) or (
+        architecture("CLIP"),
+        _read_config(path, folder, state_dict, act=overrides.get("act")),
+    )
+    config = config.override(**overrides)
+    if kind.model is CLIP:
+        state_dict = _fit_shapes(to_openai(state_dict), config)  # type: ignore[arg-type]
     with torch.device("meta"):
-        model = CLIP(config)
-    _check_names(path, model.state_dict(), openai)
-    openai = {
+        model: Any = kind.model(config)
+    _check_names(path, model.state_dict(), state_dict)
+    if any(value.is_meta for name, value in model.named_buffers() if name not in state_dict):
+        model = kind.model(config)  # what is computed and not saved needs memory
+    state_dict = {
         name: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
-        for name, value in openai.items()
+        for name, value in state_dict.items()
     }
-    model.load_state_dict(openai, strict=True, assign=True)
+    model.load_state_dict(state_dict, strict=True, assign=True)
     if folder is not None:
         model.tokenizer_state = _read_json(folder / "tokenizer.json")
     return model.eval()
@@ -215,15 +224,24 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def _own_config(folder: Path | None, metadata: dict[str, str]) -> tuple[Architecture, ModelConfig] | None:
+    """Architecture and configuration of what `save_pretrained` wrote: beside the weights, or in their header."""
+    content = (_read_json(folder / "config.json") if folder else None) or {}
+    if content.get("format") != _FORMAT:
+        if "vlmkernels_config" not in metadata:
+            return None
+        content = json.loads(metadata["vlmkernels_config"])
+        if "architecture" not in content:
+            content = {"config": content}
+    kind = architecture(content.get("architecture", "CLIP"))
+    return kind, kind.config.from_dict(content["config"])
+
+
 def _read_config(
-    path: Path, folder: Path | None, metadata: dict[str, str], state_dict: dict[str, Tensor], act: str | None
+    path: Path, folder: Path | None, state_dict: dict[str, Tensor], act: str | None
 ) -> CLIPConfig:
-    """Finds the configuration: ours, open_clip's or transformers' beside the weights, or the weights."""
+    """Finds the configuration: open_clip's or transformers' beside the weights, or the weights."""
     beside = (_read_json(folder / "config.json") if folder else None) or {}
-    if beside.get("format") == _FORMAT:
-        return CLIPConfig.from_dict(beside["config"])
-    if "vlmkernels_config" in metadata:
-        return CLIPConfig.from_dict(json.loads(metadata["vlmkernels_config"]))
     open_clip = _read_json(folder / "open_clip_config.json") if folder else None
     if open_clip is not None:
         return _open_clip_config(open_clip["model_cfg"], state_dict)
@@ -355,7 +373,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def save_pretrained(
-    model: CLIP,
+    model: nn.Module,
     folder: str | os.PathLike[str],
     tokenizer: Any = None,
     *,
@@ -373,11 +391,14 @@ def save_pretrained(
         The folder.
 
     Raises:
-        TypeError: If the model has no `config` to save.
+        TypeError: If the model is of no registered architecture.
     """
-    config = getattr(model, "config", None)
-    if not isinstance(config, CLIPConfig):
-        raise TypeError(f"save_pretrained: expected a CLIP with a CLIPConfig, got {type(model).__name__}")
+    kind = architecture_of(model)
+    if kind is None:
+        raise TypeError(
+            f"save_pretrained: expected a model of a registered architecture, got {type(model).__name__}"
+        )
+    config: ModelConfig = model.config  # type: ignore[assignment]
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -390,13 +411,17 @@ def save_pretrained(
         tensors[name] = value.contiguous()
     # A file alone is loadable too: it carries its configuration. One entry only, because safetensors writes
     # several in random order and equal models should give equal files.
-    metadata = {"vlmkernels_config": json.dumps(config.to_dict())}
+    entry = (
+        config.to_dict() if kind.model is CLIP else {"architecture": kind.name, "config": config.to_dict()}
+    )
+    metadata = {"vlmkernels_config": json.dumps(entry)}
     write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=metadata))
     if tokenizer is not None:
         write_atomically(folder / "tokenizer.json", tokenizer.save)
-    elif model.tokenizer_state is not None:
+    elif getattr(model, "tokenizer_state", None) is not None:
         text = json.dumps(model.tokenizer_state, ensure_ascii=False)
         write_text_atomically(folder / "tokenizer.json", text)
-    text = json.dumps({"format": _FORMAT, "version": 1, "config": config.to_dict()}, indent=2) + "\n"
+    content = {"format": _FORMAT, "version": 1, "architecture": kind.name, "config": config.to_dict()}
+    text = json.dumps(content, indent=2) + "\n"
     write_text_atomically(folder / "config.json", text)
     return folder

@@ -10,17 +10,20 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlmkernels.data import emoji
 from vlmkernels.data.augment import Augment, AugmentConfig, blend_styles
+from vlmkernels.models.training import Concept
 from vlmkernels.train.evaluation import (
     EmojiEvaluation,
     Encoder,
+    NeighbourEvaluation,
     PairsEvaluation,
     evaluate_emoji,
+    evaluate_neighbours,
     evaluate_pairs,
 )
 
@@ -52,12 +55,20 @@ class Batch:
         texts: N captions.
         image_labels: [V * N] int64; a picture belongs to the captions with its label.
         text_labels: [N] int64.
+        concepts: N things shown; their labels are ``text_labels``.
+        keywords: N tuples of words.
+        source: [N] int64, the first view's row of ``TrainingFacts.sources``; -1: none.
+        second: [V * N, 3, S, S] like images, augmented anew; None where nobody asked.
     """
 
     images: torch.Tensor
     texts: list[str]
     image_labels: torch.Tensor
     text_labels: torch.Tensor
+    concepts: list[Concept]
+    keywords: list[tuple[str, ...]]
+    source: torch.Tensor
+    second: torch.Tensor | None = None
 
 
 class _Epochs:
@@ -135,6 +146,12 @@ class EmojiCorpus:
         self._rows: dict[int, list[int]] = {}
         for row, (index, _) in enumerate(pairs):
             self._rows.setdefault(index, []).append(row)
+        self._styles = torch.tensor([self.data.styles.index(style) for _, style in pairs])
+        groups, subgroups = self.data.groups, self.data.subgroups
+        self._concepts = [
+            Concept(e.index, emoji.spoken_name(e), groups.index(e.group), subgroups.index(e.subgroup))
+            for e in self.data.emojis
+        ]
         self._may_flip = torch.tensor([_mirrors(e) for e in self.data.emojis])
         self._augment = Augment(size, AugmentConfig().scaled(augment))
         left_out = [style for style in emoji.STYLES if style not in self.data.styles]
@@ -163,24 +180,60 @@ class EmojiCorpus:
             template.format(emoji.spoken_group(t)) for t in topics for template in emoji.GROUP_TEMPLATES
         ]
 
-    def batch(self, step: int) -> Batch:
-        """Draws the pairs of a step."""
+    def facts(self) -> dict[str, Any]:
+        """What `TrainingFacts` says of the data."""
+        shown = [*self.concepts, *(i for toned in self._toned.values() for i in toned)]
+        return {
+            "concepts": tuple(self._concepts[i] for i in sorted(shown)),
+            "groups": self.data.groups,
+            "subgroups": self.data.subgroups,
+            "sources": self.data.styles,
+        }
+
+    def batch(self, step: int, *, second_view: bool = False, single_source: bool = False) -> Batch:
+        """Draws the pairs of a step.
+
+        Args:
+            step: its number.
+            second_view: augment the same pictures once more.
+            single_source: all pictures in one style, drawn for the step; what it does not have is left out.
+        """
         generator = generator_for(self.seed, 1, step, self.rank)
         indices = [self._with_tone(self.concepts[row], generator) for row in self._epochs.rows(step)]
         picks = torch.rand(len(indices), generator=generator).tolist()
         first = [self._rows[i][int(p * len(self._rows[i]))] for i, p in zip(indices, picks, strict=True)]
+        if single_source:
+            indices, first = self._in_one_style(step, indices)
         # The other style where there is one.
         second = [self._other_style(i, row) for i, row in zip(indices, first, strict=True)]
         pictures, others = self._pictures[torch.tensor(first)], self._pictures[torch.tensor(second)]
-        views = [blend_styles(pictures, others, generator, share=self.blend)]
+        share = 0.0 if single_source else self.blend
+        views = [blend_styles(pictures, others, generator, share=share)]
         if self.views == 2:
-            views.append(blend_styles(others, pictures, generator, share=self.blend))
+            views.append(blend_styles(others, pictures, generator, share=share))
         labels = torch.tensor(indices)
-        images = self._augment(
-            torch.cat(views), generator, may_flip=self._may_flip[labels].repeat(self.views)
-        )
+        drawn, may_flip = torch.cat(views), self._may_flip[labels].repeat(self.views)
+        images = self._augment(drawn, generator, may_flip=may_flip)
         texts = self._texts(indices, generator)
-        return Batch(images, texts, labels.repeat(self.views), labels)
+        again = None
+        if second_view:  # a generator of its own: the other draws do not depend on who asks
+            again = self._augment(drawn, generator_for(self.seed, 3, step, self.rank), may_flip=may_flip)
+        return Batch(
+            images,
+            texts,
+            labels.repeat(self.views),
+            labels,
+            [self._concepts[i] for i in indices],
+            [self.data.emojis[i].keywords for i in indices],
+            self._styles[torch.tensor(first)],
+            again,
+        )
+
+    def _in_one_style(self, step: int, indices: list[int]) -> tuple[list[int], list[int]]:
+        style = int(torch.randint(len(self.data.styles), (), generator=generator_for(self.seed, 4, step)))
+        rows = {i: [row for row in self._rows[i] if self._styles[row] == style] for i in indices}
+        kept = [i for i in indices if rows[i]]
+        return kept, [rows[i][0] for i in kept]
 
     def _texts(self, indices: list[int], generator: torch.Generator) -> list[str]:
         if not self.topics:
@@ -215,6 +268,10 @@ class EmojiCorpus:
     def evaluate(self, encoder: Encoder) -> EmojiEvaluation:
         """Evaluates on the held-out style and the held-out concepts."""
         return evaluate_emoji(encoder, style=self.test_style)
+
+    def evaluate_images(self, encoder: Encoder) -> NeighbourEvaluation:
+        """Evaluates picture features alone, on the held-out style."""
+        return evaluate_neighbours(encoder, train_styles=self.data.styles, style=self.test_style)
 
 
 class PairCorpus:
@@ -279,13 +336,25 @@ class PairCorpus:
         captions = self.store.source.captions
         return [captions[i] for i in self._trained]
 
-    def batch(self, step: int) -> Batch:
-        """Draws the pairs of a step."""
+    def facts(self) -> dict[str, Any]:
+        """What `TrainingFacts` says of the data: nothing, as pairs have captions only."""
+        return {}
+
+    def batch(self, step: int, *, second_view: bool = False, single_source: bool = False) -> Batch:
+        """Draws the pairs of a step; they are all of one source."""
         generator = generator_for(self.seed, 1, step, self.rank)
         pictures, rows = self.store.pictures([self._trained[row] for row in self._epochs.rows(step)])
-        captions = self.store.source.captions
+        captions = [self.store.source.captions[i] for i in rows]
         labels = self._labels[torch.tensor(rows)]
-        return Batch(self._augment(pictures, generator), [captions[i] for i in rows], labels, labels)
+        concepts = [Concept(i, text, -1, -1) for i, text in zip(labels.tolist(), captions, strict=True)]
+        images = self._augment(pictures, generator)
+        again = self._augment(pictures, generator_for(self.seed, 3, step, self.rank)) if second_view else None
+        none = torch.full((len(rows),), -1)
+        return Batch(images, captions, labels, labels, concepts, [()] * len(rows), none, again)
+
+    def evaluate_images(self, encoder: Encoder) -> None:
+        """Pairs have no classes that pictures alone could be tested on."""
+        return
 
     def evaluate(self, encoder: Encoder) -> PairsEvaluation | None:
         """Evaluates on the pairs kept from training; None where there are none."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmkernels.models.training import Trainable
+
 OPTIMIZERS = ("adamw", "lion")
 
 
@@ -83,7 +85,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Splits the trainable parameters into those that decay and those that do not.
 
     Norm weights, biases and every other vector or scalar (logit scale, class token) are free of decay, as in the CLIP
-    paper; so are positions, which are tables of vectors and not maps.
+    paper; so are positions, which are tables of vectors and not maps, and
+    whatever else the model's ``no_weight_decay`` names.
 
     Args:
         model: whose parameters.
@@ -92,12 +95,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Returns:
         Two groups in the order of ``model.named_parameters()``.
     """
+    never = tuple(getattr(model, "no_weight_decay", Trainable.no_weight_decay))
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        free_of_decay = p.ndim < 2 or name.endswith("positional_embedding")
+        free_of_decay = p.ndim < 2 or name.endswith(never)
         (free if free_of_decay else decayed).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
