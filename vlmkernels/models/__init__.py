@@ -4,6 +4,10 @@
 from vlmkernels.models._layouts import convert_state_dict
 from vlmkernels.models._registry import create, list_models, pretrained_dir, register_model
 from vlmkernels.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from vlmkernels.models.diffusion import DiffusionConfig, LatentDiffusion
+from vlmkernels.models.diffusion_classifier import DiffusionClassifier
+from vlmkernels.models.grain import Grain, GrainConfig
+from vlmkernels.models.prefix import PrefixCLIP, PrefixCLIPConfig
 from vlmkernels.models.weights import (
     infer_config,
     load_checkpoint,
@@ -14,6 +18,13 @@ from vlmkernels.models.weights import (
 __all__ = [
     "CLIP",
     "CLIPConfig",
+    "DiffusionClassifier",
+    "DiffusionConfig",
+    "Grain",
+    "GrainConfig",
+    "LatentDiffusion",
+    "PrefixCLIP",
+    "PrefixCLIPConfig",
     "TextConfig",
     "VisionConfig",
     "convert_state_dict",
