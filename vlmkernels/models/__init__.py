@@ -10,6 +10,10 @@ from vlmkernels.models._registry import (
     register_model,
 )
 from vlmkernels.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from vlmkernels.models.diffusion import DiffusionConfig, LatentDiffusion
+from vlmkernels.models.diffusion_classifier import DiffusionClassifier
+from vlmkernels.models.grain import Grain, GrainConfig
+from vlmkernels.models.prefix import PrefixCLIP, PrefixCLIPConfig
 from vlmkernels.models.training import Concept, Trainable, TrainingBatch, TrainingFacts, contrastive_loss
 from vlmkernels.models.weights import (
     infer_config,
@@ -22,6 +26,13 @@ __all__ = [
     "CLIP",
     "CLIPConfig",
     "Concept",
+    "DiffusionClassifier",
+    "DiffusionConfig",
+    "Grain",
+    "GrainConfig",
+    "LatentDiffusion",
+    "PrefixCLIP",
+    "PrefixCLIPConfig",
     "TextConfig",
     "Trainable",
     "TrainingBatch",
