@@ -90,7 +90,7 @@ def test_classifier_refuses_what_it_cannot_read(unit_rows, encoder) -> None:
         classifier.predict(unit_rows(2, 256, dtype=torch.float32), k=3)
     with pytest.raises(ValueError, match="pictures must be"):
         classifier.predict(torch.zeros(3, 8, 8, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="expected {}"):
+    with pytest.raises(ValueError, match=r"expected \{\}"):
         PromptClassifier(encoder, ["cat"], ["a photo"])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classification by description: the identities of its score, its sentences, and what keywords do for unseen concepts."""
+"""Classification by description: identities of its score, its sentences, keywords for unseen concepts."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ def test_clauses_unlike_the_captions_do_not_help_this_model(encoder, features, u
         system="Classification by description",
         claim='the paper\'s sentence "name, which has keyword" beats the bare name',
         expected="above the name alone",
-        seen=f"{got:.1%} against {plain:.1%}: the small model's captions hold no clause; written as they are, it does",
+        seen=f"{got:.1%} against {plain:.1%}: the small model's captions hold no clause; written as they "
+        "are, it does",
         holds=got > plain,
         seeds=[0],
     )

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from vlmkernels.data import emoji
-from vlmkernels.methods.zeroshot import DescriptorClassifier, EmojiDescriptions, FuDD, PromptClassifier, pair_key
+from vlmkernels.methods.zeroshot import (
+    DescriptorClassifier,
+    EmojiDescriptions,
+    FuDD,
+    PromptClassifier,
+    pair_key,
+)
 
 NAMES = ["red apple", "green apple", "tomato", "cherries", "watermelon", "lemon"]
 
@@ -129,7 +135,14 @@ def test_explanation_lists_the_captions_that_decided(encoder, x) -> None:
 
 
 def test_differences_help_in_crowded_subgroups(encoder, emojis, features, record_claim) -> None:
-    subgroups = ("cat-face", "hand-fingers-partial", "hand-fingers-open", "face-smiling", "time", "animal-mammal")
+    subgroups = (
+        "cat-face",
+        "hand-fingers-partial",
+        "hand-fingers-open",
+        "face-smiling",
+        "time",
+        "animal-mammal",
+    )
     pairs = [p for s in subgroups for p in emojis.select(split="test_style", subgroup=s, base_only=True)]
     names = [emoji.spoken_name(emojis.emojis[i]) for i, _ in pairs]
     x, labels, source = features(pairs), torch.arange(len(pairs)), EmojiDescriptions()
@@ -154,7 +167,8 @@ def test_differences_help_in_crowded_subgroups(encoder, emojis, features, record
         system="FuDD",
         claim="differential descriptions beat all keywords and the name where the first step is close",
         expected="differential > all keywords >= name alone, on images whose first two answers hold the truth",
-        seen=f"differential {got['differential']:.1%}, all keywords {got['all keywords']:.1%}, name {got['name']:.1%}, "
+        seen=f"differential {got['differential']:.1%}, all keywords {got['all keywords']:.1%}, name "
+        f"{got['name']:.1%}, "
         f"non-differential control {got['control']:.1%}; {int(close.sum())} images; top-10 recall {recall:.1%}",
         holds=got["differential"] > got["all keywords"] >= got["name"],
         seeds=[0],

@@ -98,7 +98,7 @@ def test_offsets_common_to_both_sets_leave_no_trace(small) -> None:
 
 
 def test_equal_weights_are_the_plain_average_of_logits(small) -> None:
-    text, images, pretrain = small
+    text, images, _ = small
     scores = zpe_scores(*small, logit_scale=SCALE, debias="none")
     weight = zpe_classifier(text, zpe_weights(scores, "equal"))
     plain = torch.einsum("nd,pcd->npc", images, text).mean(1)
@@ -181,7 +181,8 @@ def test_corrupted_templates_get_little_weight(encoder, emojis, features, every_
         system="ZPE",
         claim="templates that do not fit get less weight, and the weighted pool beats the plain average",
         expected="mean weight of sensible templates above that of corrupted ones; accuracy at least the average's",
-        seen=f"weights {float(good.mean()):.4f} and {float(bad.mean()):.4f}; accuracy {accuracy['softmax']:.1%} weighted, "
+        seen=f"weights {float(good.mean()):.4f} and {float(bad.mean()):.4f}; "
+        f"accuracy {accuracy['softmax']:.1%} weighted, "
         f"{picked:.1%} selected, {accuracy['equal']:.1%} averaged, {ceiling:.1%} sensible ones alone; "
         f"{kept:.0%} of the corrupted ones selected",
         holds=bool(good.mean() > bad.mean()) and accuracy["softmax"] >= accuracy["equal"],

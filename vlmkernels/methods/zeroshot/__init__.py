@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training-free zero-shot systems: classifiers, decision rules, retrieval, anomalies, bounds and probes. Names only."""
+"""Training-free zero-shot systems: classifiers, decision rules, retrieval, anomalies, bounds and probes. "
+"Names only."""
 
 from vlmkernels.methods.zeroshot._classifier import (
     Classifier,
@@ -31,29 +32,48 @@ from vlmkernels.methods.zeroshot.cased import CaptionBank, CaSED, WordPrediction
 from vlmkernels.methods.zeroshot.description import DescriptorClassifier, descriptor_sentence
 from vlmkernels.methods.zeroshot.fudd import FuDD, pair_key
 from vlmkernels.methods.zeroshot.gda import GDA, fit_gda, fit_gda_em, fit_gda_new, gda_logits
+from vlmkernels.methods.zeroshot.loki import (
+    EmbeddingMetric,
+    GraphMetric,
+    Loki,
+    MatrixMetric,
+    TreeMetric,
+    frechet_predict,
+    is_locus_cover,
+    loki_cross_entropy,
+    loki_surrogate,
+    mean_squared_distance,
+    next_class,
+    tree_locus,
+)
 from vlmkernels.methods.zeroshot.perception import PerceptionCLIP, attribute_probe, composite_values
 from vlmkernels.methods.zeroshot.zpe import ZPE, select_templates, zpe_classifier, zpe_scores, zpe_weights
 
 __all__ = [
+    "GDA",
+    "ZPE",
     "CaSED",
     "CachedDescriptions",
     "CaptionBank",
     "Classifier",
     "DescriptionSource",
     "DescriptorClassifier",
+    "EmbeddingMetric",
     "EmojiDescriptions",
     "Explanation",
     "FuDD",
-    "GDA",
+    "GraphMetric",
     "LanguageModelDescriptions",
     "LinearHead",
+    "Loki",
+    "MatrixMetric",
     "ModelEncoder",
     "PerceptionCLIP",
     "Prediction",
     "PromptClassifier",
     "Reason",
+    "TreeMetric",
     "WordPrediction",
-    "ZPE",
     "assign",
     "attribute_probe",
     "auroc",
@@ -66,13 +86,20 @@ __all__ = [
     "fit_gda",
     "fit_gda_em",
     "fit_gda_new",
+    "frechet_predict",
     "gda_logits",
     "group_accuracy",
+    "is_locus_cover",
+    "loki_cross_entropy",
+    "loki_surrogate",
+    "mean_squared_distance",
+    "next_class",
     "pair_key",
     "select_templates",
     "semantic_iou",
     "semantic_similarity",
     "transformers_generator",
+    "tree_locus",
     "zpe_classifier",
     "zpe_scores",
     "zpe_weights",

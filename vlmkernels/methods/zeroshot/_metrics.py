@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures that several methods share: assignment, cluster accuracy, word overlap, groups, area under the ROC curve."""
+"""Measures that several methods share: assignment, cluster accuracy, word overlap, groups, area under the "
+"ROC curve."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def assign(profit: Tensor) -> Tensor:
             closer = ~done & (step < distance)
             distance[closer] = step[closer]
             before[closer] = column
-            column = int(np.where(done, np.inf, distance).argmin())
+            column = int(np.argmin(np.where(done, np.inf, distance)))
             reached = distance[column]
             done[column] = True
             if owner[column] < 0:
@@ -101,7 +102,7 @@ def _words(text: str) -> set[str]:
 
 
 def semantic_iou(predicted: Sequence[str], true: Sequence[str]) -> float:
-    """Returns the mean overlap of the words of prediction and truth: intersection over union, letters and digits only."""
+    """Returns the mean overlap of the words of prediction and truth: intersection over union."""
     values = []
     for p, t in zip(predicted, true, strict=True):
         a, b = _words(p), _words(t)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CaSED: classification without a list of classes, by captions retrieved from a large database.
 
-Conti et al., "Vocabulary-free Image Classification" (2023; released code altndrr/vic, and altndrr/vicss for the journal's
-extension to segmentation, which lives in `cased_dense.py`). For an image's unit feature f:
+Conti et al., "Vocabulary-free Image Classification" (2023; released code altndrr/vic, and altndrr/vicss for the
+journal's extension to segmentation, which lives in `cased_dense.py`). For an image's unit feature f:
 
 ```
 captions = the 10 most similar of the database; near copies (cosine above 0.94) count once

@@ -49,7 +49,7 @@ _SHRINKAGES = ("ks", "none")
 def precision_matrix(covariance: Tensor, rows: int, shrinkage: str = "ks") -> Tensor:
     """Returns the precision [D, D] of a covariance [D, D] estimated from `rows` vectors.
 
-    "ks": `D pinv((rows - 1) S + tr(S) I)`; "none": `pinv(S)`. A covariance of 0 (one shot without augmentation) gives 0.
+    "ks": `D pinv((rows - 1) S + tr(S) I)`; "none": `pinv(S)`. A covariance of 0 (single shots) gives 0.
     """
     check_choice("precision_matrix", "shrinkage", shrinkage, _SHRINKAGES)
     if shrinkage == "none":
@@ -204,8 +204,8 @@ def fit_gda_em(
     M: mu_k = sum_i g_ik x_i / sum_i g_ik;  Sigma = (1/K) sum_k [sum_i g_ik (x_i - mu_k)(x_i - mu_k)' / sum_i g_ik]
     ```
 
-    The N x K responsibilities are recomputed block by block, never kept. The number of iterations and alpha of the paper
-    were not found.
+    The N x K responsibilities are recomputed block by block, never kept. The paper's number of iterations
+    and alpha were not found.
 
     Args:
         x: features without labels, unit rows.
@@ -383,7 +383,8 @@ class GDA(LinearClassifier):
         return found
 
     def subset(self, classes: Sequence[int]) -> GDA:
-        """Returns a classifier of some of the classes: fitted on all, applied to a shifted set that has only these."""
+        """Returns a classifier of some of the classes: fitted on all, applied to a shifted set that has "
+        "only these."""
         rows = torch.as_tensor(classes)
         part = GDA(
             self.encoder,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """PerceptionCLIP: infer the context of a picture (background, style, ...) first, then classify given that context.
 
-An et al., "More Context, Less Distraction: Visual Classification by Inferring and Conditioning on Contextual Attributes"
-(2024; released code umd-huang-lab/perceptionCLIP). With F[n,y,z] = s cos(image, "main(class y), phrase z.") and Z
-composite context values:
+An et al., "More Context, Less Distraction: Visual Classification by Inferring and Conditioning on Contextual
+Attributes" (2024; released code umd-huang-lab/perceptionCLIP). With F[n,y,z] = s cos(image, "main(class y), phrase z.")
+and Z composite context values:
 
 ```
 P(z|x)   = sum_y exp(F/T) / sum_yz exp(F/T)       "with_y", the default
