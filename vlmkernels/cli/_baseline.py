@@ -64,12 +64,12 @@ class Verdict:
 
     name: str
     state: str
-    changes: tuple[Change, ...] = ()
+    changes: tuple[Change, ...] = ()  # one per measure that both runs have, in the order of `MEASURES`
 
     @property
-    def worst(self) -> Change:
-        """The measure that is nearest to holding, by which rows and repetitions are judged."""
-        return min(self.changes, key=lambda change: change.fall - change.allowed)
+    def excess(self) -> float:
+        """How far the measure that is nearest to holding has fallen beyond what is allowed; negative where it holds."""
+        return min(change.fall - change.allowed for change in self.changes)
 
     def __str__(self) -> str:
         if not self.changes:
@@ -120,7 +120,7 @@ def better(one: Verdict, other: Verdict) -> Verdict:
     """Of two measurements of the same row: the one that is nearer to holding. Disturbances only ever slow."""
     if not one.changes or not other.changes:
         return other
-    return min(one, other, key=lambda verdict: verdict.worst.fall - verdict.worst.allowed)
+    return min(one, other, key=lambda verdict: verdict.excess)
 
 
 def _verdict(now: Row, before: Row) -> Verdict:

@@ -25,6 +25,7 @@ HELP = "measure the processor's limits, or run the benchmark suites and compare 
 
 _UNITS = {"float32": "GFLOP/s", "bfloat16": "GFLOP/s", "int8": "GOP/s", "read": "GB/s"}
 _NOTHING_SELECTED = 5  # pytest's exit code
+_STDERR = 2  # the process's own: sys.stderr may be replaced by something that is no file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,7 +136,7 @@ def _measure(args: argparse.Namespace, selection: Sequence[str]) -> tuple[int, d
         command += [f"--machine={args.machine}"] if args.machine else []
         # From the folder of the suites: python -m puts the current one first in the path, and in a checkout the source
         # tree there has no extension modules.
-        done = subprocess.run(command, cwd=args.suites, env=_absolute_path(), stdout=sys.stderr, check=False)
+        done = subprocess.run(command, cwd=args.suites, env=_absolute_path(), stdout=_STDERR, check=False)
         if not file.is_file():
             return done.returncode, {"rows": []}
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -210,7 +211,7 @@ def _print(args: argparse.Namespace, measured: dict[str, Any], verdicts: dict[st
 def _judged(verdict: Verdict) -> list[str]:
     if not verdict.changes:
         return ["", "", verdict.state]
-    change = verdict.worst
+    change = verdict.changes[0]  # the ratio to the peer, where there is one
     before = f"{change.before:.2f}x" if change.measure == "ratio" else f"{change.before:.0%}"
     return [before, f"{-change.fall:+.0%}", verdict.state]
 
