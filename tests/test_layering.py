@@ -30,6 +30,7 @@ ALLOWED = {
     "methods": {"_files", "ops", "nn", "models", "data", "train", "systems"},
     "integrations": {"ops", "nn"},
     "diagnostics": {"_native", "_version", "ops"},
+    "smoke": {"_native"},
     "cli": {
         "_files",
         "_native",
