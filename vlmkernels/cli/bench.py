@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare",
         action="store_true",
-        help=f"exit code 1 where a row falls by more than {LIMIT:.0%} beyond its spread, against the results of this "
+        help=f"exit code 1 where a row falls by more than {LIMIT:.0%}% beyond its spread, against the results of this "
         "machine class",
     )
     parser.add_argument(
