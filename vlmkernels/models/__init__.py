@@ -10,10 +10,14 @@ from vlmkernels.models._registry import (
     register_model,
 )
 from vlmkernels.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from vlmkernels.models.cmd import CMD, CMDConfig
 from vlmkernels.models.diffusion import DiffusionConfig, LatentDiffusion
 from vlmkernels.models.diffusion_classifier import DiffusionClassifier
 from vlmkernels.models.grain import Grain, GrainConfig
+from vlmkernels.models.knowledge_concentration import KnowledgeConcentration, KnowledgeConcentrationConfig
+from vlmkernels.models.mmc import MMC, MMCConfig
 from vlmkernels.models.prefix import PrefixCLIP, PrefixCLIPConfig
+from vlmkernels.models.selfie import Selfie, SelfieConfig
 from vlmkernels.models.training import Concept, Trainable, TrainingBatch, TrainingFacts, contrastive_loss
 from vlmkernels.models.weights import (
     infer_config,
@@ -24,15 +28,23 @@ from vlmkernels.models.weights import (
 
 __all__ = [
     "CLIP",
+    "CMD",
+    "MMC",
     "CLIPConfig",
+    "CMDConfig",
     "Concept",
     "DiffusionClassifier",
     "DiffusionConfig",
     "Grain",
     "GrainConfig",
+    "KnowledgeConcentration",
+    "KnowledgeConcentrationConfig",
     "LatentDiffusion",
+    "MMCConfig",
     "PrefixCLIP",
     "PrefixCLIPConfig",
+    "Selfie",
+    "SelfieConfig",
     "TextConfig",
     "Trainable",
     "TrainingBatch",
