@@ -28,6 +28,14 @@ from vlmkernels.methods.zeroshot._metrics import (
     semantic_iou,
     semantic_similarity,
 )
+from vlmkernels.methods.zeroshot.adapter import (
+    Support,
+    SupportAdapter,
+    caption_support,
+    combined_classifier,
+    retrieve_support,
+    support_features,
+)
 from vlmkernels.methods.zeroshot.cased import CaptionBank, CaSED, WordPrediction, emoji_captions
 from vlmkernels.methods.zeroshot.description import DescriptorClassifier, descriptor_sentence
 from vlmkernels.methods.zeroshot.fudd import FuDD, pair_key
@@ -46,12 +54,14 @@ from vlmkernels.methods.zeroshot.loki import (
     next_class,
     tree_locus,
 )
+from vlmkernels.methods.zeroshot.musc import Anomalies, MuSc, lnamd, musc, mutual_score, patch_tokens, rscin
 from vlmkernels.methods.zeroshot.perception import PerceptionCLIP, attribute_probe, composite_values
 from vlmkernels.methods.zeroshot.zpe import ZPE, select_templates, zpe_classifier, zpe_scores, zpe_weights
 
 __all__ = [
     "GDA",
     "ZPE",
+    "Anomalies",
     "CaSED",
     "CachedDescriptions",
     "CaptionBank",
@@ -68,16 +78,21 @@ __all__ = [
     "Loki",
     "MatrixMetric",
     "ModelEncoder",
+    "MuSc",
     "PerceptionCLIP",
     "Prediction",
     "PromptClassifier",
     "Reason",
+    "Support",
+    "SupportAdapter",
     "TreeMetric",
     "WordPrediction",
     "assign",
     "attribute_probe",
     "auroc",
+    "caption_support",
     "cluster_accuracy",
+    "combined_classifier",
     "composite_values",
     "descriptor_sentence",
     "emoji_captions",
@@ -90,14 +105,21 @@ __all__ = [
     "gda_logits",
     "group_accuracy",
     "is_locus_cover",
+    "lnamd",
     "loki_cross_entropy",
     "loki_surrogate",
     "mean_squared_distance",
+    "musc",
+    "mutual_score",
     "next_class",
     "pair_key",
+    "patch_tokens",
+    "retrieve_support",
+    "rscin",
     "select_templates",
     "semantic_iou",
     "semantic_similarity",
+    "support_features",
     "transformers_generator",
     "tree_locus",
     "zpe_classifier",
