@@ -15,8 +15,8 @@ logits = 100 f W' + alpha cache + gamma (-B) Q
 ```
 
 Tip-Adapter is delta = gamma = 0, TIP-X delta = 0, the released "M-Adapter" gamma = 0. Q is one-hot, so that `@ Q`
-adds up segments; B is linear in KL, so that its votes need one C x C matrix; what is left of size N x M runs in blocks. The
-ranges of A and KL are fixed once (`fit_range`) so that results do not depend on the batch.
+adds up segments; B is linear in KL, so that its votes need one C x C matrix; what is left of size N x M runs in blocks.
+The ranges of A and KL are fixed once (`fit_range`) so that results do not depend on the batch.
 """
 
 from __future__ import annotations
