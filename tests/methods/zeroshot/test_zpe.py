@@ -15,6 +15,7 @@ from vlmkernels.methods.zeroshot import (
     zpe_scores,
     zpe_weights,
 )
+from vlmkernels.methods.zeroshot._classifier import prompt_features
 
 SCALE = 20.0
 SENSIBLE = [
@@ -167,14 +168,18 @@ def test_corrupted_templates_get_little_weight(encoder, emojis, features, every_
     pairs, entries = every_fourth
     names, labels = [emoji.spoken_name(e) for e in entries], torch.arange(len(entries))
     images = features(pairs)
-    before = features(emojis.select(split="train", styles="noto", base_only=True)[::6])
+    before = features(emojis.select(split="train", styles="noto", base_only=True)[::8])
+    names, labels, images = names[::2], labels[: len(names[::2])], images[::2]
     pool = SENSIBLE + CORRUPTED
-    fitted = {w: ZPE(encoder, names, pool, weighting=w).fit(images, before) for w in ("softmax", "equal")}
+    text = prompt_features(encoder, names, pool).transpose(0, 1)
+    fitted = {
+        w: ZPE(encoder, names, pool, weighting=w, text=text).fit(images, before) for w in ("softmax", "equal")
+    }
     accuracy = {w: float((c.predict(images).labels == labels).float().mean()) for w, c in fitted.items()}
     good, bad = fitted["softmax"].weights.split([len(SENSIBLE), len(CORRUPTED)])
-    selected = ZPE(encoder, names, pool, select_threshold=0.5).fit(images, before)
+    selected = ZPE(encoder, names, pool, select_threshold=0.5, text=text).fit(images, before)
     kept = float((selected.weights[len(SENSIBLE) :] > 0).float().mean())
-    plain = PromptClassifier(encoder, names, SENSIBLE)
+    plain = PromptClassifier(encoder, names, SENSIBLE)  # what the pool could reach without the others
     ceiling = float((plain.predict(images).labels == labels).float().mean())
     picked = float((selected.predict(images).labels == labels).float().mean())
     record_claim(
@@ -199,7 +204,7 @@ def test_debiasing_lowers_a_popular_word(encoder, emojis, features, every_fourth
     faces = [i for i, e in enumerate(entries) if e.subgroup.startswith("face")]
     names = [emoji.spoken_name(entries[i]) for i in faces]
     images = features(pairs)[faces]
-    before = features(emojis.select(split="train", styles="noto", base_only=True)[::6])
+    before = features(emojis.select(split="train", styles="noto", base_only=True)[::8])
     pool = [*SENSIBLE, "face: {}"]
 
     def rank(debias: str) -> int:

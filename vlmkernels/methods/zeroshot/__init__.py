@@ -28,8 +28,19 @@ from vlmkernels.methods.zeroshot._metrics import (
     semantic_iou,
     semantic_similarity,
 )
+from vlmkernels.methods.zeroshot._proposals import mask_boxes, propose_components
+from vlmkernels.methods.zeroshot._relations import Entity, parse_expression, relation_matrix
+from vlmkernels.methods.zeroshot.adapter import (
+    Support,
+    SupportAdapter,
+    caption_support,
+    combined_classifier,
+    retrieve_support,
+    support_features,
+)
 from vlmkernels.methods.zeroshot.cased import CaptionBank, CaSED, WordPrediction, emoji_captions
 from vlmkernels.methods.zeroshot.description import DescriptorClassifier, descriptor_sentence
+from vlmkernels.methods.zeroshot.fgvp import FGVP, MARKS, Referral, gaussian_blur, mark, match_texts
 from vlmkernels.methods.zeroshot.fudd import FuDD, pair_key
 from vlmkernels.methods.zeroshot.gda import GDA, fit_gda, fit_gda_em, fit_gda_new, gda_logits
 from vlmkernels.methods.zeroshot.loki import (
@@ -46,12 +57,16 @@ from vlmkernels.methods.zeroshot.loki import (
     next_class,
     tree_locus,
 )
+from vlmkernels.methods.zeroshot.musc import Anomalies, MuSc, lnamd, musc, mutual_score, patch_tokens, rscin
 from vlmkernels.methods.zeroshot.perception import PerceptionCLIP, attribute_probe, composite_values
 from vlmkernels.methods.zeroshot.zpe import ZPE, select_templates, zpe_classifier, zpe_scores, zpe_weights
 
 __all__ = [
+    "FGVP",
     "GDA",
+    "MARKS",
     "ZPE",
+    "Anomalies",
     "CaSED",
     "CachedDescriptions",
     "CaptionBank",
@@ -60,6 +75,7 @@ __all__ = [
     "DescriptorClassifier",
     "EmbeddingMetric",
     "EmojiDescriptions",
+    "Entity",
     "Explanation",
     "FuDD",
     "GraphMetric",
@@ -68,16 +84,22 @@ __all__ = [
     "Loki",
     "MatrixMetric",
     "ModelEncoder",
+    "MuSc",
     "PerceptionCLIP",
     "Prediction",
     "PromptClassifier",
     "Reason",
+    "Referral",
+    "Support",
+    "SupportAdapter",
     "TreeMetric",
     "WordPrediction",
     "assign",
     "attribute_probe",
     "auroc",
+    "caption_support",
     "cluster_accuracy",
+    "combined_classifier",
     "composite_values",
     "descriptor_sentence",
     "emoji_captions",
@@ -87,17 +109,31 @@ __all__ = [
     "fit_gda_em",
     "fit_gda_new",
     "frechet_predict",
+    "gaussian_blur",
     "gda_logits",
     "group_accuracy",
     "is_locus_cover",
+    "lnamd",
     "loki_cross_entropy",
     "loki_surrogate",
+    "mark",
+    "mask_boxes",
+    "match_texts",
     "mean_squared_distance",
+    "musc",
+    "mutual_score",
     "next_class",
     "pair_key",
+    "parse_expression",
+    "patch_tokens",
+    "propose_components",
+    "relation_matrix",
+    "retrieve_support",
+    "rscin",
     "select_templates",
     "semantic_iou",
     "semantic_similarity",
+    "support_features",
     "transformers_generator",
     "tree_locus",
     "zpe_classifier",
