@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _native
-from vlmkernels.ops import _check, dispatch
+from vlmkernels.ops import _attention_cuda, _check, dispatch
 from vlmkernels.ops._library import differentiate, like_inputs, register_op
 from vlmkernels.ops.reference import attention as reference
 
@@ -141,6 +141,10 @@ def _forward(
         )
         _run("attention", call, backward=False)
         return out, lse
+    if backend == "cuda":
+        out, lse = _outputs(q, v)
+        _attention_cuda.forward(q, k, v, out, lse, bias, key_mask, seed, is_causal, scale, dropout_p)
+        return out, lse
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
     return reference.attention(q, k, v, bias=bias, key_mask=key_mask, **options)
 
@@ -208,6 +212,14 @@ def _backward_impl(
         options = (is_causal, scale, dropout_p)
         _launch_backward(
             q, k, v, wanted, grad_bias, grad_out, grad_lse, bias, key_mask, seed, out, lse, *options
+        )
+        return grads
+    if backend == "cuda":
+        grads = like_inputs((q, k, v, bias), needs)
+        wanted = [g if need else None for g, need in zip(grads[:3], needs, strict=False)]
+        options = (is_causal, scale, dropout_p)
+        _attention_cuda.backward(
+            grad_out, grad_lse, q, k, v, wanted, out, lse, bias, key_mask, seed, *options
         )
         return grads
 
@@ -339,6 +351,15 @@ def _packed_backward_impl(
         options = (is_causal, scale, dropout_p)
         _launch_backward(
             q, k, v, wanted, bias_wanted, grad_out, grad_lse, bias, key_mask, seed, out, lse, *options
+        )
+        return grad_qkv, grad_bias
+    if backend == "cuda":
+        grad_qkv, grad_bias = like_inputs((qkv, bias), needs)
+        wanted = list(grad_qkv.unbind(2)) if needs[0] else [None] * 3
+        q, k, v = qkv.unbind(2)
+        options = (is_causal, scale, dropout_p)
+        _attention_cuda.backward(
+            grad_out, grad_lse, q, k, v, wanted, out, lse, bias, key_mask, seed, *options
         )
         return grad_qkv, grad_bias
 
