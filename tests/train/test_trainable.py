@@ -177,7 +177,6 @@ def test_descriptions_and_texts_of_the_model(tmp_path: Path, monkeypatch: pytest
     }
     config = models.CLIP.from_config("emoji-clip").config
     models.register_model("described")(lambda **more: Described(config.override(**more)))
-    models.register_architecture("Described", Described, models.CLIPConfig)
     train(TrainConfig(**settings(tmp_path / "run", model="described", model_options=options, epochs=0.5)))
     batch = seen[0]
     n = len(batch.names)

@@ -72,7 +72,9 @@ def architecture(name: str) -> Architecture:
 
 def architecture_of(model: nn.Module) -> Architecture | None:
     """Returns the architecture that a model is of; None where its class is not registered."""
-    return next((a for a in _ARCHITECTURES.values() if a.model is type(model)), None)
+    # By the configuration: one class may serve several architectures (a CLIP with another image tower).
+    config = getattr(model, "config", None)
+    return next((a for a in _ARCHITECTURES.values() if a.config is type(config)), None)
 
 
 def _key(name: str) -> str:

@@ -129,6 +129,7 @@ class Trainable:
         needs_descriptions: Whether batches have `description_ids`: emoji's keywords, one by one.
         max_descriptions: Most descriptions of a pair (Q).
         needs_single_source: Whether all pictures of a step come from one source, drawn anew for every step.
+        default_loss: Contrastive loss where the settings say "auto" and every text has one picture.
         default_label_smoothing: Of the clip loss where the settings say nothing.
         no_weight_decay: Endings of the names of parameters that do not decay; vectors and scalars never do.
         may_leave_unused: Whether a step may leave trainable parameters without gradient; with several processes the
@@ -140,6 +141,7 @@ class Trainable:
     needs_descriptions: bool = False
     max_descriptions: int = 5
     needs_single_source: bool = False
+    default_loss: str = "clip"
     default_label_smoothing: float = 0.0
     no_weight_decay: tuple[str, ...] = ("positional_embedding",)
     may_leave_unused: bool = False

@@ -19,12 +19,20 @@ from torch import Tensor, nn
 
 from vlmkernels._files import write_atomically, write_text_atomically
 from vlmkernels.models._config import ModelConfig
+from vlmkernels.models._formats import FORMATS, find_format
 from vlmkernels.models._layouts import EXTRAS, convert_state_dict, layer_indices, strip_wrappers, to_openai
 from vlmkernels.models._registry import Architecture, architecture, architecture_of
 from vlmkernels.models._torchscript import is_torchscript, read_torchscript
-from vlmkernels.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from vlmkernels.models.clip import CLIPConfig, TextConfig, VisionConfig
 
-__all__ = ["infer_config", "load_checkpoint", "load_state_dict_file", "save_pretrained"]
+__all__ = [
+    "export_state_dict",
+    "infer_config",
+    "load_checkpoint",
+    "load_state_dict_file",
+    "save_checkpoint",
+    "save_pretrained",
+]
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = "vlmkernels"
@@ -111,44 +119,43 @@ def load_checkpoint(
 ) -> Any:
     """Loads a model from a file or a folder, in eval mode.
 
-    Recognised: our folders, of any architecture; of CLIP also OpenAI's archives (TorchScript) and state dicts,
-    open_clip files and folders, custom text layout and training checkpoints included, and transformers
-    `CLIPModel` folders and files. Containers:
-    safetensors (also sharded), pickles that hold nothing but tensors, TorchScript archives (only their
+    Recognised are our own folders, of any architecture, and these layouts, as files or folders:
+
+    * OpenAI: CLIP's archives (TorchScript) and state dicts.
+    * open_clip: CLIP with any of its towers of `CONFIGS`, custom text layout and training checkpoints included; CoCa;
+      ViTamin; SigLIP.
+    * transformers: `CLIPModel`, `SiglipModel`, `AlignModel`.
+
+    Containers: safetensors (also sharded), pickles that hold nothing but tensors, TorchScript archives (only their
     tensors are read; their code is neither loaded nor run).
 
     The activation is not part of the weights. It is taken from the configuration beside them (ours,
     open_clip's, transformers'); OpenAI's archives mean "quick_gelu". Where nothing says, "gelu" is assumed
-    and logged as a warning: pass `act="quick_gelu"` for weights that descend from OpenAI's.
+    and for CLIP logged as a warning: pass `act="quick_gelu"` for weights that descend from OpenAI's.
 
     Args:
         path: File or folder.
         device: Where to put the model.
         dtype: Dtype of the weights, whatever the file holds.
-        **overrides: Fields of `CLIPConfig`, as in `create`. Another `vision={"image_size": ...}` resizes the
-            position embeddings (bicubic, antialiased); a smaller `text={"context_length": ...}` cuts the
-            text's.
+        **overrides: Fields of the model's configuration, as in `create`. Another `vision={"image_size": ...}` resizes
+            the position embeddings (bicubic, antialiased, as open_clip does); a smaller
+            `text={"context_length": ...}` cuts the text's.
 
     Returns:
         The model in eval mode, with `tokenizer_state` set where a tokenizer.json lies beside the weights.
 
     Raises:
         FileNotFoundError: If the path, or weights in the folder, do not exist.
-        ValueError: If the file is no CLIP checkpoint, holds code, or does not fit its configuration.
+        ValueError: If the layout is not recognised, the file holds code, or the weights do not fit their configuration;
+            the message names what is missing and what is unexpected.
     """
     path = Path(path)
     state_dict, metadata = load_state_dict_file(path)
-    state_dict = strip_wrappers(state_dict)
     folder = path if path.is_dir() else path.parent if path.name in _WEIGHT_FILES else None
-    kind, config = _own_config(folder, metadata) or (
-        architecture("CLIP"),
-        _read_config(path, folder, state_dict, act=overrides.get("act")),
-    )
-    config = config.override(**overrides)
-    if kind.model is CLIP:
-        state_dict = _fit_shapes(to_openai(state_dict), config)  # type: ignore[arg-type]
+    kind, config, state_dict = _recognise(path, folder, metadata, strip_wrappers(state_dict), overrides)
     with torch.device("meta"):
         model: Any = kind.model(config)
+    state_dict = _fit_shapes(state_dict, model.state_dict())
     _check_names(path, model.state_dict(), state_dict)
     if any(value.is_meta for name, value in model.named_buffers() if name not in state_dict):
         model = kind.model(config)  # what is computed and not saved needs memory
@@ -160,6 +167,51 @@ def load_checkpoint(
     if folder is not None:
         model.tokenizer_state = _read_json(folder / "tokenizer.json")
     return model.eval()
+
+
+def _recognise(
+    path: Path,
+    folder: Path | None,
+    metadata: dict[str, str],
+    state_dict: dict[str, Tensor],
+    overrides: dict[str, Any],
+) -> tuple[Architecture, ModelConfig, dict[str, Tensor]]:
+    """Finds out what a checkpoint is: its architecture, its configuration, and its tensors under our names."""
+    own = _own_config(folder, metadata)
+    if own is not None:
+        kind, config = own
+        return kind, config.override(**overrides), state_dict
+    layout = find_format(state_dict)
+    if layout is None:
+        clip = _read_config(path, folder, state_dict, act=overrides.get("act")).override(**overrides)
+        openai = to_openai(state_dict)
+        if clip.init_logit_bias is None:
+            openai.pop("logit_bias", None)
+        return architecture("CLIP"), clip, openai
+    ours, unknown = layout.read(state_dict)
+    try:
+        config = layout.infer(ours, _beside(folder), overrides.get("act"))
+    except KeyError as error:
+        raise ValueError(
+            f"load_checkpoint: {path} looks like a {layout.architecture} of {layout.layout}, but {error} is missing "
+            f"(unexpected: {unknown[:5]})"
+        ) from error
+    if unknown:
+        raise ValueError(
+            f"load_checkpoint: {path} does not fit a {layout.architecture} of {layout.layout}: "
+            f"unexpected {unknown[:5]}"
+        )
+    return architecture(layout.architecture), config.override(**overrides), ours
+
+
+def _beside(folder: Path | None) -> dict[str, Any]:
+    """The configuration that open_clip or transformers put beside the weights."""
+    if folder is None:
+        return {}
+    open_clip = _read_json(folder / "open_clip_config.json")
+    if open_clip is not None:
+        return open_clip["model_cfg"]
+    return _read_json(folder / "config.json") or {}
 
 
 def _check_names(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
@@ -182,31 +234,37 @@ def _check_names(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]
             )
 
 
-def _fit_shapes(openai: dict[str, Tensor], config: CLIPConfig) -> dict[str, Tensor]:
-    """Resizes the image positions, cuts the text positions, and makes scalars 0-d."""
-    out = dict(openai)
-    for name in ("logit_scale", "logit_bias"):
-        if name in out and out[name].numel() == 1:
-            out[name] = out[name].reshape(())
-    if config.init_logit_bias is None:
-        out.pop("logit_bias", None)
-    name = (
-        "visual.attnpool.positional_embedding" if config.vision.is_resnet else "visual.positional_embedding"
-    )
-    has_class = config.vision.is_resnet or config.vision.pool == "class"
-    if name in out:
-        out[name] = _resize_positions(out[name], config.vision.grid, has_class)
-    text = out["positional_embedding"]
-    if text.shape[0] > config.text.context_length:
-        out["positional_embedding"] = text[: config.text.context_length].clone()
+def _fit_shapes(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Resizes the image positions, cuts the text positions, and makes scalars 0-d, where the model wants it so."""
+    out = dict(state)
+    for name, value in state.items():
+        target = wanted[name].shape if name in wanted else value.shape
+        if target == value.shape:
+            continue
+        if value.numel() == 1 and not target:
+            out[name] = value.reshape(())
+        elif name.endswith("positional_embedding") and value.ndim == 2 and value.shape[1] == target[1]:
+            if name.startswith("visual."):
+                out[name] = _resize_positions(value, target[0])
+            elif value.shape[0] > target[0]:
+                # CoCa's last position is the class token's, wherever the text ends.
+                last = (
+                    value[-1:]
+                    if name == "text.positional_embedding" and "text.cls_emb" in state
+                    else value[:0]
+                )
+                out[name] = torch.cat([value[: target[0] - len(last)], last])
     return out
 
 
-def _resize_positions(positions: Tensor, grid: int, has_class: bool) -> Tensor:
-    first, patches = positions[:has_class], positions[has_class:]
-    old = math.isqrt(patches.shape[0])
-    if old == grid or old * old != patches.shape[0]:
+def _resize_positions(positions: Tensor, wanted: int) -> Tensor:
+    """Resizes a square grid of positions; a first row that is no square's is the class token's and stays."""
+    count = positions.shape[0]
+    has_class = int(math.isqrt(count) ** 2 != count)
+    old, grid = math.isqrt(count - has_class), math.isqrt(wanted - has_class)
+    if old**2 != count - has_class or grid**2 != wanted - has_class:
         return positions
+    first, patches = positions[:has_class], positions[has_class:]
     image = patches.float().t().reshape(1, -1, old, old)
     image = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([first, image.flatten(2)[0].t().to(positions.dtype)])
@@ -372,6 +430,55 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return state_dict
 
 
+def save_checkpoint(
+    model: nn.Module, path: str | os.PathLike[str], *, layout: str, dtype: torch.dtype | None = None
+) -> Path:
+    """Saves the weights under the names of another program, as one safetensors file, replaced atomically.
+
+    Args:
+        model: A CLIP, CoCa, ViTamin, SigLIP or ALIGN.
+        path: The file.
+        layout: For a CLIP "openai", "open_clip", "open_clip_custom" or "transformers"; otherwise "open_clip" or
+            "transformers", whichever has the architecture.
+        dtype: Dtype of the stored floating tensors; None = as they are.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the layout does not hold this architecture or this configuration.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: value.detach().to(
+            device="cpu", dtype=dtype if dtype and value.is_floating_point() else value.dtype
+        )
+        for name, value in export_state_dict(model, layout).items()
+    }
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    path = Path(path)
+    write_atomically(path, lambda place: save_file(tensors, place, metadata={"format": "pt"}))
+    return path
+
+
+def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
+    """Returns a model's weights under the names of another program; see `save_checkpoint`."""
+    kind = architecture_of(model)
+    if kind is not None and kind.name == "CLIP":
+        return convert_state_dict(model.state_dict(), to=layout)
+    formats = {f.layout: f for f in FORMATS if kind is not None and f.architecture == kind.name}
+    if layout not in formats:
+        name = type(model).__name__ if kind is None else kind.name
+        raise ValueError(
+            f"save_checkpoint: layout of a {name} must be one of {sorted(formats)}, got {layout!r}"
+        )
+    try:
+        return formats[layout].write(model.state_dict())
+    except ValueError as error:
+        raise ValueError(f"save_checkpoint: {error}") from error
+
+
 def save_pretrained(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -412,7 +519,7 @@ def save_pretrained(
     # A file alone is loadable too: it carries its configuration. One entry only, because safetensors writes
     # several in random order and equal models should give equal files.
     entry = (
-        config.to_dict() if kind.model is CLIP else {"architecture": kind.name, "config": config.to_dict()}
+        config.to_dict() if kind.name == "CLIP" else {"architecture": kind.name, "config": config.to_dict()}
     )
     metadata = {"vlmkernels_config": json.dumps(entry)}
     write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=metadata))

@@ -214,18 +214,23 @@ class MultiheadCrossAttention(nn.Module):
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)
 
-    def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        width = self.width
-        bias = self.in_proj_bias
-        q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+    def project_queries(self, x: Tensor) -> Tensor:
+        """Returns the queries of `x` `[B, Lq, D]` as `[B, Lq, H, D/H]`."""
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[: self.width]
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[: self.width]
+        return F.linear(x, weight, bias).unflatten(-1, (self.heads, -1))
+
+    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns keys and values of `context` `[B, Lk, context_width]`, each `[B, Lk, H, D/H]`."""
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[self.width :]
         if self.in_proj_weight is not None:
-            q = F.linear(x, self.in_proj_weight[:width], q_bias)
             # Keys and values come from one product: half the reads of the context.
-            k, v = F.linear(context, self.in_proj_weight[width:], kv_bias).chunk(2, dim=-1)
-            return q, k, v
-        k_bias, v_bias = (None, None) if kv_bias is None else kv_bias.chunk(2)
-        q = F.linear(x, self.q_proj_weight, q_bias)
-        return q, F.linear(context, self.k_proj_weight, k_bias), F.linear(context, self.v_proj_weight, v_bias)
+            k, v = F.linear(context, self.in_proj_weight[self.width :], bias).chunk(2, dim=-1)
+        else:
+            k_bias, v_bias = (None, None) if bias is None else bias.chunk(2)
+            k = F.linear(context, self.k_proj_weight, k_bias)
+            v = F.linear(context, self.v_proj_weight, v_bias)
+        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
     def forward(
         self,
@@ -248,11 +253,9 @@ class MultiheadCrossAttention(nn.Module):
         Returns:
             `[B, Lq, D]` in the dtype of the projection.
         """
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self._project(x, context))
         out = attention(
-            q,
-            k,
-            v,
+            self.project_queries(x),
+            *self.project_context(context),
             bias=bias,
             key_mask=key_mask,
             is_causal=is_causal,

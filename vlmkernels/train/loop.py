@@ -396,7 +396,7 @@ class _Run:
     def _contrastive_options(self) -> ContrastiveOptions:
         name = self.config.loss
         if name == "auto":
-            name = "clip" if self.corpus.one_to_one else "multi_positive"
+            name = self.model.default_loss if self.corpus.one_to_one else "multi_positive"
         return ContrastiveOptions(name, self.config.label_smoothing, self.processes.group)
 
     def _captions(self, model: Trainable) -> list[str]:
