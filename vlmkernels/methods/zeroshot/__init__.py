@@ -59,6 +59,17 @@ from vlmkernels.methods.zeroshot.loki import (
 )
 from vlmkernels.methods.zeroshot.musc import Anomalies, MuSc, lnamd, musc, mutual_score, patch_tokens, rscin
 from vlmkernels.methods.zeroshot.perception import PerceptionCLIP, attribute_probe, composite_values
+from vlmkernels.methods.zeroshot.s3a import (
+    S3AConfig,
+    S3ATrainer,
+    Structure,
+    cluster_vote,
+    estimate_clusters,
+    k_means,
+    phrase_bank,
+    realign,
+    silhouette,
+)
 from vlmkernels.methods.zeroshot.zpe import ZPE, select_templates, zpe_classifier, zpe_scores, zpe_weights
 
 __all__ = [
@@ -90,6 +101,9 @@ __all__ = [
     "PromptClassifier",
     "Reason",
     "Referral",
+    "S3AConfig",
+    "S3ATrainer",
+    "Structure",
     "Support",
     "SupportAdapter",
     "TreeMetric",
@@ -99,12 +113,14 @@ __all__ = [
     "auroc",
     "caption_support",
     "cluster_accuracy",
+    "cluster_vote",
     "combined_classifier",
     "composite_values",
     "descriptor_sentence",
     "emoji_captions",
     "encoder_of",
     "endpoint_generator",
+    "estimate_clusters",
     "fit_gda",
     "fit_gda_em",
     "fit_gda_new",
@@ -113,6 +129,7 @@ __all__ = [
     "gda_logits",
     "group_accuracy",
     "is_locus_cover",
+    "k_means",
     "lnamd",
     "loki_cross_entropy",
     "loki_surrogate",
@@ -126,13 +143,16 @@ __all__ = [
     "pair_key",
     "parse_expression",
     "patch_tokens",
+    "phrase_bank",
     "propose_components",
+    "realign",
     "relation_matrix",
     "retrieve_support",
     "rscin",
     "select_templates",
     "semantic_iou",
     "semantic_similarity",
+    "silhouette",
     "support_features",
     "transformers_generator",
     "tree_locus",

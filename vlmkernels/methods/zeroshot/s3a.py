@@ -15,14 +15,15 @@ train     CE(student, teacher's argmax) where the teacher is sure + 0.25 CE(stud
 ```
 
 Nearest words and k-means assignments are `vk.topk_similarity`; the cross-entropies over the whole vocabulary are
-`vk.linear_cross_entropy`, so no N x V array is made. In the released realignment only the candidate under evaluation has
-normalised weights; here every candidate's weights sum to 1.
+`vk.linear_cross_entropy`, so no N x V array is made. In the released realignment only the candidate under evaluation
+has normalised weights; here every candidate's weights sum to 1.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def k_means(
     """
     check_features("k_means", "x", x)
     if not 1 <= k <= len(x) or starts < 1:
-        raise ValueError(f"k_means: k must lie between 1 and {len(x)} and starts be positive, got {k} and {starts}")
+        raise ValueError(f"k_means: expected 1 <= k <= {len(x)} and starts >= 1, got {k} and {starts}")
     best: tuple[Tensor, Tensor, float] | None = None
     for _ in range(starts):
         found = _lloyd(x, _spread_seeds(x, k, generator), iterations)
@@ -141,7 +142,9 @@ def silhouette(x: Tensor, labels: Tensor) -> float:
     counts = torch.bincount(labels).double()
     sums = x.new_zeros(k, x.shape[1]).index_add_(0, labels, x)
     squares = x.new_zeros(k).index_add_(0, labels, x.square().sum(1))
-    total = counts * x.square().sum(1, keepdim=True) - 2 * x @ sums.T + squares  # summed squared distances, [N, k]
+    total = (
+        counts * x.square().sum(1, keepdim=True) - 2 * x @ sums.T + squares
+    )  # summed squared distances, [N, k]
     own = labels[:, None]
     size = counts[labels]
     a = total.gather(1, own)[:, 0] / (size - 1).clamp(min=1)
@@ -208,7 +211,8 @@ def _votes(nearest: Tensor, clusters: Tensor, vocabulary: int) -> Tensor:
 
 
 def _assign(votes: Tensor) -> Tensor:
-    """One word per cluster, at the largest total; only words with votes can matter, plus as many others as clusters."""
+    """One word per cluster, at the largest total; only words with votes can matter, plus as many others as "
+    "clusters."""
     voted = votes.amax(0) > 0
     spare = (~voted).nonzero()[: len(votes), 0]
     columns = torch.cat([voted.nonzero()[:, 0], spare])
@@ -311,7 +315,9 @@ def phrase_bank(
         for word, phrases in zip(words, answers, strict=True):
             weights = Counter(phrases) or Counter({"": 1})
             texts = [
-                t.replace("{}", join.format(phrase=p, name=names[word]).strip()) for p in weights for t in templates
+                t.replace("{}", join.format(phrase=p, name=names[word]).strip())
+                for p in weights
+                for t in templates
             ]
             rows = encoder.texts(texts).view(len(weights), len(templates), -1).mean(1)
             values = torch.tensor(list(weights.values()), dtype=torch.float32)
@@ -470,8 +476,11 @@ class S3ATrainer:
         self.history: list[Step] = []
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters with layer-wise learning rates: block b of depth L at `layer_decay ** (L - b)`, the head at 1."""
-        depth = 1 + max((b for n, _ in self.student.named_parameters() if (b := _block_of(n)) is not None), default=-1)
+        """Parameters with layer-wise learning rates: block b of depth L at `layer_decay ** (L - b)`, the "
+        "head at 1."""
+        depth = 1 + max(
+            (b for n, _ in self.student.named_parameters() if (b := _block_of(n)) is not None), default=-1
+        )
         groups: dict[tuple[int, bool], list[Tensor]] = {}
         for name, parameter in self.student.named_parameters():
             if not parameter.requires_grad:
@@ -537,7 +546,9 @@ class S3ATrainer:
             loss.backward()
             optimizer.step()
         self.update_teacher(c.ema[0] + (c.ema[1] - c.ema[0]) * min(1.0, step / max(c.ema_steps, 1)))
-        sure = float((zero_shot(teacher, self.vocabulary, c.logit_scale, k=1)[0] > c.threshold).float().mean())
+        sure = float(
+            (zero_shot(teacher, self.vocabulary, c.logit_scale, k=1)[0] > c.threshold).float().mean()
+        )
         self.history.append(Step(float(loss.detach()), sure, lr))
 
     @torch.no_grad()
@@ -546,20 +557,21 @@ class S3ATrainer:
         for mine, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             mine.lerp_(theirs.detach(), 1 - decay)
         if decay < 1:
-            for mine, theirs in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
-                mine.copy_(theirs)
+            for kept, new in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
+                kept.copy_(new)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         """Returns the teacher's unit features [N, D] of the weak views."""
-        parts = [unit(self.teacher(self.weak(p, self.generator))) for p in pictures.split(self.config.batch_size)]
+        parts = [
+            unit(self.teacher(self.weak(p, self.generator))) for p in pictures.split(self.config.batch_size)
+        ]
         return torch.cat(parts)
 
 
 def _block_of(name: str) -> int | None:
     """Number of the transformer block that a parameter belongs to."""
-    parts = name.split(".")
-    for before, number in zip(parts, parts[1:], strict=False):
-        if before in ("resblocks", "blocks", "layers") and number.isdigit():
-            return int(number)
-    return None
+    found = re.search(r"\bresblocks\.(\d+)\.|\bblocks\.(\d+)\.|\blayers\.(\d+)\.", name)
+    if found is None or "conv1" in name:  # a stem's blocks are no transformer blocks
+        return None
+    return int(next(g for g in found.groups() if g))
