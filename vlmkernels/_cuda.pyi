@@ -45,6 +45,36 @@ class AttentionCall:
     ) -> None: ...
     def plan(self, backward: bool, most_shared: int) -> list[tuple[int, int, int, int, int]]: ...
 
+class QuantizedLinearCall:
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        k_bytes: int,
+        codes: int,
+        row_scale: int,
+        weight: int,
+        weight_scale: int,
+        bias: tuple[int, int, int],
+        activation: int,
+        residual: tuple[int, int, int],
+        out: int,
+        out_dtype: int,
+    ) -> None: ...
+    def plan(self) -> tuple[int, int, bool]: ...
+
+def quantize_rows(
+    m: int,
+    k: int,
+    x: tuple[int, int, int],
+    input_scale: int,
+    codes: int,
+    code_stride: int,
+    scale: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def quantized_linear(call: QuantizedLinearCall, device: int, stream: int) -> None: ...
 def attention_forward(call: AttentionCall, device: int, stream: int) -> None: ...
 def attention_backward(call: AttentionCall, device: int, stream: int) -> None: ...
 def architectures() -> list[str]: ...

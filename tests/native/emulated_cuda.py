@@ -67,41 +67,44 @@ def _flags() -> list[str]:
     ]
 
 
-def _key() -> str:
-    """Of everything that the module is made of."""
+def _digest(paths: list[Path]) -> str:
+    """Of the compiler and of everything in these files, headers included."""
     digest = hashlib.sha256(repr([COMPILER, sys.version, *_flags()]).encode())
     headers = (path for folder in (EMULATOR, ROOT / "csrc") for path in folder.rglob("*.h"))
-    for path in sorted([*_sources(), *headers]):
+    for path in [*paths, *sorted(headers)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _compile(source: Path, target: Path) -> None:
+def _run(command: list[str], target: Path) -> Path:
+    """`target`, which the command writes; another process may write it, too."""
+    if target.exists():
+        return target
+    unfinished = target.with_suffix(f".{os.getpid()}")
+    done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    os.replace(unfinished, target)
+    return target
+
+
+def _compile(source: Path) -> Path:
     # the bindings convert arguments and take long to optimise
     level = "-O0" if "bindings" in source.parts else "-O2"
-    command = [str(COMPILER), "-x", "c++", *_flags(), level, "-c", str(source), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    command = [str(COMPILER), "-x", "c++", *_flags(), level, "-c", str(source)]
+    return _run(command, CACHE / f"{source.stem}_{_digest([source])}.o")
 
 
 @functools.cache
 def build() -> Path:
-    """Path of the built module; some seconds the first time, and after a change."""
-    target = CACHE / _key() / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    """Path of the built module; half a minute the first time, and less after a change."""
+    sources = _sources()
+    target = CACHE / _digest(sources) / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    objects = {source: target.parent / f"{os.getpid()}_{source.stem}.o" for source in _sources()}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda item: _compile(*item), objects.items()))
-    unfinished = target.with_suffix(f".{os.getpid()}")
-    command = [str(COMPILER), "-shared", *map(str, objects.values()), "-o", str(unfinished)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    os.replace(unfinished, target)
-    for path in objects.values():
-        path.unlink()
-    return target
+        objects = list(pool.map(_compile, sources))
+    return _run([str(COMPILER), "-shared", *map(str, objects)], target)
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 // Stands in for CUDA's header of this name: the part of the runtime that csrc/cuda and csrc/bindings use.
 #pragma once
 
+#include <math.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
