@@ -75,37 +75,63 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
     return list(kinds.values())
 
 
-def signature(launch: Launch) -> dict[str, str]:
-    types = {name: _type(value) for name, value in launch.arguments.items()}
+def signature(launch: Launch) -> dict[str, Any]:
+    """Types by name; a tuple of integers (strides) is a tuple of types."""
+    types = {name: _type(launch, name, value) for name, value in launch.arguments.items()}
     ordered = {name: types.get(name, "constexpr") for name in launch.kernel.arg_names}
     missing = set(ordered) - set(types) - set(launch.constants)
     assert not missing, f"{launch.kernel.__name__} is launched without {missing}"
     return ordered
 
 
-def constants(launch: Launch) -> dict[str, Any]:
-    fixed = {name: value for name, value in launch.arguments.items() if _type(value) == "constexpr"}
+def constants(launch: Launch) -> dict[Any, Any]:
+    """By name, or by place where an element of a tuple is one."""
+    fixed: dict[Any, Any] = {}
+    for name, value in launch.arguments.items():
+        types = _type(launch, name, value)
+        if isinstance(value, tuple):
+            place = launch.kernel.arg_names.index(name)
+            fixed |= {(place, i): value[i] for i, kind in enumerate(types) if kind == "constexpr"}
+        elif types == "constexpr":
+            fixed[name] = value
     return {**fixed, **launch.constants}
 
 
-def attributes(launch: Launch) -> dict[tuple[int], list[list[Any]]]:
+def attributes(launch: Launch) -> dict[tuple[int, ...], list[list[Any]]]:
     """Which arguments are multiples of 16, as the launcher finds: it decides how wide loads are."""
     divisible = {}
     for place, name in enumerate(launch.kernel.arg_names):
         value = launch.arguments.get(name)
-        if isinstance(value, torch.Tensor):
-            value = value.data_ptr()
-        if isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0 and value != 1:
-            divisible[(place,)] = [["tt.divisibility", 16]]
+        if _unspecialized(launch, name):
+            continue
+        elements = (
+            {(place, i): x for i, x in enumerate(value)} if isinstance(value, tuple) else {(place,): value}
+        )
+        for at, element in elements.items():
+            number = element.data_ptr() if isinstance(element, torch.Tensor) else element
+            if isinstance(number, int) and not isinstance(number, bool) and number % 16 == 0:
+                divisible[at] = [["tt.divisibility", 16]]
     return divisible
 
 
-def _type(value: Any) -> str:
+def _unspecialized(launch: Launch, name: str) -> bool:
+    """Whether the kernel asks that a value of this argument makes no kernel of its own."""
+    parameters = launch.kernel.params
+    return any(parameter.name == name and parameter.do_not_specialize for parameter in parameters)
+
+
+def _type(launch: Launch, name: str, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_type(launch, name, element) for element in value)
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype]
-    if value is None or isinstance(value, (bool, str)) or (isinstance(value, int) and value == 1):
-        return "constexpr" if not isinstance(value, bool) else "i1"
+    if value is None or isinstance(value, str):
+        return "constexpr"
+    if isinstance(value, bool):
+        return "i1"
     if isinstance(value, int):
+        if value == 1 and not _unspecialized(launch, name):
+            return "constexpr"
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     return "fp32"
 

@@ -22,12 +22,12 @@ DEVICE = "cpu" if _triton.INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def run_family(family: str, *, interpret: bool, timeout: float = 600) -> None:
+def run_family(family: str, *, interpret: bool, timeout: float = 600, marks: str = "not slow") -> None:
     """The tests of `interpreted_<family>.py` in another process; fails with their output, or if there were none."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1" if interpret else "0"}
     file = Path(__file__).with_name(f"interpreted_{family}.py")
-    options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", "not slow"]
+    options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", marks]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(file)],
         env=environment,
