@@ -131,8 +131,8 @@ def _lloyd(x: Tensor, centres: Tensor, iterations: int) -> tuple[Tensor, Tensor,
 def silhouette(x: Tensor, labels: Tensor) -> float:
     """Returns the mean silhouette (Rousseeuw 1987) with squared Euclidean distances, which need sums per cluster only.
 
-    A row's mean squared distance to a cluster is |x|^2 - 2 x . mean + mean |.|^2, so no N x N distances are made; single
-    rows count 0, as usual.
+    A row's mean squared distance to a cluster is |x|^2 - 2 x . mean + mean |.|^2, so no N x N distances are made;
+    single rows count 0, as usual.
     """
     labels = labels.unique(return_inverse=True)[1]
     k = int(labels.max()) + 1
