@@ -13,8 +13,8 @@ kl_inverse  R <= max{q: kl(r || q) <= (KL + log(2 sqrt(n) / delta)) / n}        
 
 each with probability at least 1 - delta, for the 0/1 error. The first author's articles print the fraction without the
 root; the published figures (2.3% and 8.6% with n = 50,000) fit the root, which is used. The paper's delta was not
-found. The greedy search replaces one class's prompt at a time, so only one column of the n x K scores changes: candidates are
-compared with the best of the other columns in blocks, and no n x |vocabulary| array is kept.
+found. The greedy search replaces one class's prompt at a time, so only one column of the n x K scores changes:
+candidates are compared with the best of the other columns in blocks, and no n x |vocabulary| array is kept.
 """
 
 from __future__ import annotations
