@@ -51,6 +51,5 @@ def versus(ours: Sequence[float], peer: Sequence[float], unit: str) -> dict[str,
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Relative distance of two results, as vectors. Timing two programs that compute different things says "
-    "nothing."""
+    """Relative distance of two results, as vectors. Timing two programs that compute different things says nothing."""
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()

@@ -68,8 +68,7 @@ class Verdict:
 
     @property
     def excess(self) -> float:
-        """How far the measure that is nearest to holding has fallen beyond what is allowed; negative where "
-        "it holds."""
+        """How far the measure that is nearest to holding has fallen beyond what is allowed; negative where it holds."""
         return min(change.fall - change.allowed for change in self.changes)
 
     def __str__(self) -> str:

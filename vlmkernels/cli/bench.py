@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure this machine's limits (--peak), or run the benchmark suites of a source checkout and compare "
-"(--compare)."""
+"""Measure this machine's limits (--peak), or run the benchmark suites of a source checkout and compare (--compare)."""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare",
         action="store_true",
-        help=f"exit code 1 where a row falls by more than {LIMIT:.0%}% beyond its spread, against the "
-        "results of this "
+        help=f"exit code 1 where a row falls by more than {LIMIT:.0%}% beyond its spread, against the results of this "
         "machine class",
     )
     parser.add_argument(
@@ -201,8 +199,7 @@ def _print(args: argparse.Namespace, measured: dict[str, Any], verdicts: dict[st
         where = f"the committed results of {measured['name']}"
         if set(states) == {"new"}:
             print(
-                f"nothing to compare with: there are no results of these rows for {measured['name']}; --save "
-                "keeps them"
+                f"nothing to compare with: there are no results of these rows for {measured['name']}; --save keeps them"
             )
         else:
             counts = ", ".join(

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAB: a closed-form model that must show the bias, oracles that must not, balance of the trials, fruit and "
-"shapes."""
+"""CAB: a closed-form model that must show the bias, oracles that must not, balance of the trials, fruit and shapes."""
 
 from __future__ import annotations
 

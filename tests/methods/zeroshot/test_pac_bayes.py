@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PAC-Bayes for prompts: limits and order of the bounds, the search's increments, calibration, and emoji "
-"subgroups."""
+"""PAC-Bayes for prompts: limits and order of the bounds, the search's increments, calibration, and emoji subgroups."""
 
 from __future__ import annotations
 
@@ -198,8 +197,7 @@ def test_bounds_hold_as_often_as_they_say(kind: str, record_claim) -> None:
 
 @pytest.fixture(scope="module")
 def task(encoder, emojis, features):
-    """Eight subgroups in training styles and in the held-out one; a word vocabulary, and a prior on all "
-    "other names."""
+    """Eight subgroups in training styles and in the held-out one; a word vocabulary, and a prior on all other names."""
     subgroups = (
         *("face-smiling", "animal-mammal", "food-fruit", "transport-ground"),
         *("sport", "musical-instrument", "plant-flower", "heart"),

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training-free zero-shot systems: classifiers, decision rules, retrieval, anomalies, bounds and probes. "
-"Names only."""
+"""Training-free zero-shot systems: classifiers, decision rules, retrieval, anomalies, bounds and probes. Names only."""
 
 from vlmkernels.methods.zeroshot._classifier import (
     Classifier,

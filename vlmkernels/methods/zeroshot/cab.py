@@ -278,8 +278,7 @@ def cab_probe(
 def _answers(
     score: ScoreFunction, trials: Sequence[Trial], values: Sequence[str], template: str, batch_size: int
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Per trial the probability of the true and of the other value under a random choice among the best, "
-    "and answers."""
+    """Per trial the answer, and the probability of the true and of the other value when ties are drawn."""
     objects = list(dict.fromkeys(t.asked for t in trials))
     texts = [template.format(object=o, value=v) for o in objects for v in values]
     true, swap, answers = [], [], []
@@ -302,8 +301,7 @@ def _answers(
 
 
 def encoder_scores(model: Any) -> ScoreFunction:
-    """Returns the score function of a model with `encode_image` and `encode_text`: cosines; texts are "
-    "encoded once."""
+    """Returns the score function of a model with `encode_image` and `encode_text`: cosines; texts are encoded once."""
     encoder = encoder_of(model)
     kept: dict[tuple[str, ...], Tensor] = {}
 

@@ -108,8 +108,7 @@ def inverse_kl(r: float, limit: float) -> float:
 
 
 def uniform_kl(classes: int, length: int, vocabulary: int = 49_408) -> float:
-    """Returns the KL under the uniform prior on sequences: `K L log|V|`, the comparison of the paper (L at "
-    "most 77)."""
+    """Returns the KL under the uniform prior on sequences: `K L log|V|`, the comparison of the paper (L at most 77)."""
     return classes * length * math.log(vocabulary)
 
 
@@ -126,8 +125,7 @@ class PromptModel(Protocol):
 
 
 def prompt_kl(prompts: Sequence[str], model: PromptModel) -> float:
-    """Returns the KL of a point mass on prompts, in nats: the sum over classes, which are independent "
-    "(reconstructed)."""
+    """Returns the KL of a point mass on prompts, in nats: summed over independent classes (reconstructed)."""
     return -sum(model.log_probability(p) for p in prompts)
 
 

@@ -211,8 +211,7 @@ def _votes(nearest: Tensor, clusters: Tensor, vocabulary: int) -> Tensor:
 
 
 def _assign(votes: Tensor) -> Tensor:
-    """One word per cluster, at the largest total; only words with votes can matter, plus as many others as "
-    "clusters."""
+    """One word per cluster, at the largest total; only words with votes can matter, plus as many others as clusters."""
     voted = votes.amax(0) > 0
     spare = (~voted).nonzero()[: len(votes), 0]
     columns = torch.cat([voted.nonzero()[:, 0], spare])
@@ -476,8 +475,7 @@ class S3ATrainer:
         self.history: list[Step] = []
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters with layer-wise learning rates: block b of depth L at `layer_decay ** (L - b)`, the "
-        "head at 1."""
+        """Parameters with layer-wise learning rates: block b of depth L at `layer_decay ** (L - b)`, the head at 1."""
         depth = 1 + max(
             (b for n, _ in self.student.named_parameters() if (b := _block_of(n)) is not None), default=-1
         )
