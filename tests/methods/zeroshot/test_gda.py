@@ -129,8 +129,7 @@ def test_certain_responsibilities_are_the_supervised_fit(blobs) -> None:
 
 
 def test_memory_does_not_grow_with_rows_times_classes(unit_rows) -> None:
-    """2,000 classes of 20,000 rows: responsibilities would be 320 MB in float64, D x D precisions 65 MB a "
-    "thousand."""
+    """2,000 classes of 20,000 rows: responsibilities would be 320 MB in float64, D x D precisions 65 MB a thousand."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training-free zero-shot systems: classifiers, decision rules, retrieval, anomalies, bounds and probes. "
-"Names only."""
+"""Training-free zero-shot systems: classifiers, decision rules, retrieval, anomalies, bounds and probes. Names only."""
 
 from vlmkernels.methods.zeroshot._classifier import (
     Classifier,
@@ -38,6 +37,19 @@ from vlmkernels.methods.zeroshot.adapter import (
     retrieve_support,
     support_features,
 )
+from vlmkernels.methods.zeroshot.cab import (
+    COLOURS,
+    CABReader,
+    CABResult,
+    Thing,
+    Trial,
+    cab_probe,
+    encoder_scores,
+    make_pairs,
+    make_singles,
+    part_whole_trials,
+    recolour,
+)
 from vlmkernels.methods.zeroshot.cased import CaptionBank, CaSED, WordPrediction, emoji_captions
 from vlmkernels.methods.zeroshot.description import DescriptorClassifier, descriptor_sentence
 from vlmkernels.methods.zeroshot.fgvp import FGVP, MARKS, Referral, gaussian_blur, mark, match_texts
@@ -58,6 +70,16 @@ from vlmkernels.methods.zeroshot.loki import (
     tree_locus,
 )
 from vlmkernels.methods.zeroshot.musc import Anomalies, MuSc, lnamd, musc, mutual_score, patch_tokens, rscin
+from vlmkernels.methods.zeroshot.pac_bayes import (
+    BigramModel,
+    CausalModel,
+    PromptModel,
+    SearchResult,
+    greedy_prompt_search,
+    pac_bayes_bound,
+    prompt_kl,
+    uniform_kl,
+)
 from vlmkernels.methods.zeroshot.perception import PerceptionCLIP, attribute_probe, composite_values
 from vlmkernels.methods.zeroshot.s3a import (
     S3AConfig,
@@ -73,14 +95,19 @@ from vlmkernels.methods.zeroshot.s3a import (
 from vlmkernels.methods.zeroshot.zpe import ZPE, select_templates, zpe_classifier, zpe_scores, zpe_weights
 
 __all__ = [
+    "COLOURS",
     "FGVP",
     "GDA",
     "MARKS",
     "ZPE",
     "Anomalies",
+    "BigramModel",
+    "CABReader",
+    "CABResult",
     "CaSED",
     "CachedDescriptions",
     "CaptionBank",
+    "CausalModel",
     "Classifier",
     "DescriptionSource",
     "DescriptorClassifier",
@@ -99,18 +126,23 @@ __all__ = [
     "PerceptionCLIP",
     "Prediction",
     "PromptClassifier",
+    "PromptModel",
     "Reason",
     "Referral",
     "S3AConfig",
     "S3ATrainer",
+    "SearchResult",
     "Structure",
     "Support",
     "SupportAdapter",
+    "Thing",
     "TreeMetric",
+    "Trial",
     "WordPrediction",
     "assign",
     "attribute_probe",
     "auroc",
+    "cab_probe",
     "caption_support",
     "cluster_accuracy",
     "cluster_vote",
@@ -119,6 +151,7 @@ __all__ = [
     "descriptor_sentence",
     "emoji_captions",
     "encoder_of",
+    "encoder_scores",
     "endpoint_generator",
     "estimate_clusters",
     "fit_gda",
@@ -127,12 +160,15 @@ __all__ = [
     "frechet_predict",
     "gaussian_blur",
     "gda_logits",
+    "greedy_prompt_search",
     "group_accuracy",
     "is_locus_cover",
     "k_means",
     "lnamd",
     "loki_cross_entropy",
     "loki_surrogate",
+    "make_pairs",
+    "make_singles",
     "mark",
     "mask_boxes",
     "match_texts",
@@ -140,12 +176,16 @@ __all__ = [
     "musc",
     "mutual_score",
     "next_class",
+    "pac_bayes_bound",
     "pair_key",
     "parse_expression",
+    "part_whole_trials",
     "patch_tokens",
     "phrase_bank",
+    "prompt_kl",
     "propose_components",
     "realign",
+    "recolour",
     "relation_matrix",
     "retrieve_support",
     "rscin",
@@ -156,6 +196,7 @@ __all__ = [
     "support_features",
     "transformers_generator",
     "tree_locus",
+    "uniform_kl",
     "zpe_classifier",
     "zpe_scores",
     "zpe_weights",

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures that several methods share: assignment, cluster accuracy, word overlap, groups, area under the "
-"ROC curve."""
+"""Measures that several methods share: assignment, cluster accuracy, word overlap, groups, area under the ROC curve."""
 
 from __future__ import annotations
 

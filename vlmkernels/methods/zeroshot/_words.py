@@ -33,8 +33,7 @@ def closed_class_tagger(words: Sequence[str]) -> list[bool]:
 
 
 def nltk_tagger(words: Sequence[str]) -> list[bool]:
-    """Keeps nouns, adjectives, gerunds and past participles, as the paper does; needs `nltk` and its "
-    "tagger's data."""
+    """Keeps nouns, adjectives, gerunds and past participles, as the paper does; needs `nltk` and its tagger's data."""
     import nltk  # type: ignore[import-not-found]  # installed by whoever wants it
 
     allowed = ("NN", "JJ", "VBG", "VBN")

@@ -336,8 +336,10 @@ class SupportAdapter(Classifier):
         return self.kl_range
 
     def _kl_votes(self, features: Tensor, limits: tuple[float, float, float, float]) -> Tensor:
-        """`(-B) Q`, [N, C]: B = slope KL + shift, and sum_{i in c} KL = n_c sum P_x log P_x - P_x . "
-        "(sum_{i in c} log P_i)."""
+        """`(-B) Q`, [N, C], with B = slope KL + shift and the KL of a class added up at once.
+
+        sum_{i in c} KL_i = n_c sum P_x log P_x - P_x . (sum_{i in c} log P_i)
+        """
         low, high, least, most = limits
         slope = (most - least) / (high - low) if high > low else 0.0
         shift = least - slope * low

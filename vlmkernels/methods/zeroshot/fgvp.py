@@ -65,8 +65,7 @@ _TINT_SUFFIX = " is in red color."
 
 
 def gaussian_blur(picture: Tensor, radius: float) -> Tensor:
-    """Blurs a picture [3, H, W] (uint8) with a Gaussian of standard deviation `radius`, borders repeated; "
-    "0: as it is."""
+    """Blurs a picture uint8 [3, H, W] with a Gaussian of standard deviation `radius`, borders repeated."""
     if radius < 0:
         raise ValueError(f"gaussian_blur: radius must not be negative, got {radius}")
     if radius == 0:
@@ -322,8 +321,7 @@ class FGVP:
     def _marked_features(
         self, picture: Tensor, boxes: Tensor, masks: Tensor
     ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        """Per backbone the unit features [V, n, D] of all copies; all copies of a picture go through it in "
-        "one batch."""
+        """Per backbone the unit features [V, n, D] of all copies, which go through it as one batch."""
         small, small_boxes, fine = self._resized(picture, boxes, masks)
         copies: list[Tensor] = []
         for kind in self.kinds:

@@ -227,8 +227,7 @@ class FuDD(Classifier):
         return PromptClassifier(self.encoder, self.classes, templates or ("a photo of a {}.",))
 
     def explain(self, images: Tensor, count: int = 5) -> list[Explanation]:
-        """Returns each image's class and its differential captions by similarity, after the set they had to "
-        "resolve."""
+        """Returns each image's class and its differential captions by similarity, after the set they had to resolve."""
         features = self.features(images)
         sets, _ = self._second(features)
         prediction = self._predict(features, 1)

@@ -383,8 +383,7 @@ class GDA(LinearClassifier):
         return found
 
     def subset(self, classes: Sequence[int]) -> GDA:
-        """Returns a classifier of some of the classes: fitted on all, applied to a shifted set that has "
-        "only these."""
+        """Returns a classifier of some of the classes: fitted on all, applied to a shifted set that has only these."""
         rows = torch.as_tensor(classes)
         part = GDA(
             self.encoder,

@@ -131,8 +131,8 @@ def _lloyd(x: Tensor, centres: Tensor, iterations: int) -> tuple[Tensor, Tensor,
 def silhouette(x: Tensor, labels: Tensor) -> float:
     """Returns the mean silhouette (Rousseeuw 1987) with squared Euclidean distances, which need sums per cluster only.
 
-    A row's mean squared distance to a cluster is |x|^2 - 2 x . mean + mean |.|^2, so no N x N distances are made; single
-    rows count 0, as usual.
+    A row's mean squared distance to a cluster is |x|^2 - 2 x . mean + mean |.|^2, so no N x N distances are made;
+    single rows count 0, as usual.
     """
     labels = labels.unique(return_inverse=True)[1]
     k = int(labels.max()) + 1
@@ -211,8 +211,7 @@ def _votes(nearest: Tensor, clusters: Tensor, vocabulary: int) -> Tensor:
 
 
 def _assign(votes: Tensor) -> Tensor:
-    """One word per cluster, at the largest total; only words with votes can matter, plus as many others as "
-    "clusters."""
+    """One word per cluster, at the largest total; only words with votes can matter, plus as many others as clusters."""
     voted = votes.amax(0) > 0
     spare = (~voted).nonzero()[: len(votes), 0]
     columns = torch.cat([voted.nonzero()[:, 0], spare])
@@ -476,8 +475,7 @@ class S3ATrainer:
         self.history: list[Step] = []
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters with layer-wise learning rates: block b of depth L at `layer_decay ** (L - b)`, the "
-        "head at 1."""
+        """Parameters with layer-wise learning rates: block b of depth L at `layer_decay ** (L - b)`, the head at 1."""
         depth = 1 + max(
             (b for n, _ in self.student.named_parameters() if (b := _block_of(n)) is not None), default=-1
         )
