@@ -63,7 +63,11 @@ def test_descriptions_from_a_file(run: Run, drawings: Path, tmp_path: Path) -> N
 
 
 def test_words_without_labels(run: Run, drawings: Path, tmp_path: Path) -> None:
-    things = [f"{n} {what}" for n in ("strawberry", "bicycle") for what in ("cake", "in the sun", "on a hill", "shop")]
+    things = [
+        f"{n} {what}"
+        for n in ("strawberry", "bicycle")
+        for what in ("cake", "in the sun", "on a hill", "shop")
+    ]
     (tmp_path / "c.txt").write_text("\n".join([*things, "red strawberry", "fast bicycle", "", ""]))
     code, out, _ = run(
         "classify",
