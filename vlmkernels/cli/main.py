@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from vlmkernels._version import __version__
-from vlmkernels.cli import anomalies, bench, classify, index, info, quantize, search, systems
+from vlmkernels.cli import anomalies, bench, caption, classify, index, info, quantize, search, systems
 from vlmkernels.cli import eval as evaluate
 from vlmkernels.cli import train as training
 from vlmkernels.cli._config import read_config
@@ -24,6 +24,7 @@ COMMANDS: dict[str, ModuleType] = {
     "eval": evaluate,
     "classify": classify,
     "anomalies": anomalies,
+    "caption": caption,
     "index": index,
     "search": search,
     "quantize": quantize,
