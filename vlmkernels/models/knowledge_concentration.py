@@ -243,22 +243,12 @@ class StructurallyConnectedHead(nn.Module):
             parts.append(F.relu(own))
         return parts[0] if len(parts) == 1 else torch.cat([p.to(parts[0].dtype) for p in parts], dim=-1)
 
-    def vertical_logits(self, hidden: Tensor, vertical: int) -> Tensor:  # [B, s2] -> [B, N_v]
-        """The scaled logits y of one vertical, float32."""
-        return _paced_logits(hidden, *self._of_vertical(vertical))
-
-    def _of_vertical(self, vertical: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Weight, gamma and bias of a vertical's classes."""
-        start, end = self.offsets[vertical : vertical + 2]
-        gamma = self.gamma
-        if gamma is not None:
-            gamma = gamma[start:end] if self.pace == "class" else gamma[vertical]  # type: ignore[assignment]
-        return self.weight[start:end], gamma, None if self.class_bias is None else self.class_bias[start:end]
-
     def forward(self, features: Tensor) -> Tensor:  # [B, D] -> [B, N]
         """All logits, `[B, N]`: for evaluation."""
         hidden = self.hidden(features)
-        return torch.cat([self.vertical_logits(h, v) for v, h in enumerate(hidden)], dim=-1)
+        parameters = (hidden, self.weight, self.gamma, self.class_bias)
+        parts = [_vertical(parameters, self.vertical_sizes, v) for v in range(len(hidden))]
+        return torch.cat([_paced_logits(*part) for part in parts], dim=-1)  # type: ignore[arg-type]
 
     def loss(self, features: Tensor, targets: SparseTargets) -> Tensor:  # [B, D]
         """The sigmoid cross-entropy over all N classes, one vertical's logits at a time.
@@ -270,46 +260,69 @@ class StructurallyConnectedHead(nn.Module):
                 f"StructurallyConnectedHead.loss: expected targets of {len(features)} rows, got {len(targets.values)}"
             )
         hidden = self.hidden(features)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        offsets = self.offsets
-        for v, h in enumerate(hidden):
-            part = targets.within(offsets[v], offsets[v + 1])
-            total = total + _VerticalLoss.apply(*part, h, *self._of_vertical(v))
+        total = _ConcentratedLoss.apply(
+            targets, self.vertical_sizes, hidden, self.weight, self.gamma, self.class_bias
+        )
         return total / max(len(features), 1)
 
 
+def _vertical(tensors: Sequence[Tensor | None], sizes: Sequence[int], vertical: int) -> list[Tensor | None]:
+    """One vertical's part of hidden vectors, weight, gamma (per vertical or class) and bias, as views."""
+    hidden, weight, gamma, bias = tensors
+    start = sum(sizes[:vertical])
+    rows = slice(start, start + sizes[vertical])
+    scale = gamma
+    if gamma is not None:
+        scale = gamma[vertical] if len(gamma) == len(sizes) else gamma[rows]
+    pick = hidden[vertical] if hidden is not None else None
+    return [pick, weight[rows] if weight is not None else None, scale, None if bias is None else bias[rows]]
+
+
 def _paced_logits(hidden: Tensor, weight: Tensor, gamma: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The scaled logits y of one vertical, `[B, N_v]` float32."""
     x = F.linear(hidden, weight.to(hidden.dtype)).float()
     if gamma is not None:
         x = gamma * F.normalize(x, dim=-1)
     return x if bias is None else x + bias
 
 
-class _VerticalLoss(torch.autograd.Function):
-    """Summed sigmoid cross-entropy of one vertical, whose gradients are taken in forward, while its logits exist."""
+class _ConcentratedLoss(torch.autograd.Function):
+    """Sigmoid cross-entropy summed over samples and classes; gradients are taken in forward, vertical by vertical,
+    while the vertical's logits exist."""
 
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, values: Tensor, *inputs: Tensor | None) -> Tensor:
-        needed = [i for i, x in enumerate(inputs) if x is not None and ctx.needs_input_grad[2 + i]]
-        with torch.enable_grad():
-            leaves = [
-                None if x is None else x.detach().requires_grad_(i in needed) for i, x in enumerate(inputs)
-            ]
-            logits = _paced_logits(*leaves)  # type: ignore[arg-type]
-            # softplus over all classes; the targets touch only their few.
-            loss = F.softplus(logits).sum() - (values * logits.gather(1, indices)).sum()
+    def forward(ctx: Any, targets: SparseTargets, sizes: tuple[int, ...], *tensors: Tensor | None) -> Tensor:
+        # Made before the loop: results kept from inside it would tear holes into the memory that logits free.
+        grads = [
+            None if x is None or not ctx.needs_input_grad[2 + i] else torch.zeros_like(x)
+            for i, x in enumerate(tensors)
+        ]
+        total = torch.zeros((), device=targets.values.device)
+        start = 0
+        for v, size in enumerate(sizes):
+            indices, values = targets.within(start, start + size)
+            start += size
+            into = _vertical(grads, sizes, v)
+            with torch.enable_grad():
+                leaves = [
+                    None if x is None else x.detach().requires_grad_(into[i] is not None)
+                    for i, x in enumerate(_vertical(tensors, sizes, v))
+                ]
+                logits = _paced_logits(*leaves)  # type: ignore[arg-type]
+                # softplus over all classes; the targets touch only their few.
+                loss = F.softplus(logits).sum() - (values * logits.gather(1, indices)).sum()
+            total += loss.detach()
             wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-            found = torch.autograd.grad(loss, wanted) if wanted else ()
-        ctx.needed = needed
-        ctx.save_for_backward(*found)
-        return loss.detach()
+            found = iter(torch.autograd.grad(loss, wanted) if wanted else ())
+            for grad in into:
+                if grad is not None:
+                    grad += next(found)
+        ctx.save_for_backward(*grads)
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        out: list[Tensor | None] = [None] * 6
-        for i, found in zip(ctx.needed, ctx.saved_tensors, strict=True):
-            out[2 + i] = grad * found
-        return tuple(out)
+        return None, None, *(None if saved is None else grad * saved for saved in ctx.saved_tensors)
 
 
 def average_precision(scores: Tensor, relevant: Tensor) -> Tensor:  # [B, C], [B, C]
@@ -346,6 +359,7 @@ class KnowledgeConcentrationConfig(ModelConfig):
         pace: "vertical", "class" or "none".
         pace_init: "sqrt" or "10".
         class_bias: A bias per class after scaling.
+        with_specialists: Whether the model holds its specialists, as it does once trained; the student needs none.
         specialist_share: Share of the run that trains the specialists, before the student learns from them.
         name: Name of the configuration, for reports.
     """
@@ -365,6 +379,7 @@ class KnowledgeConcentrationConfig(ModelConfig):
     pace: str = "vertical"
     pace_init: str = "sqrt"
     class_bias: bool = False
+    with_specialists: bool = False
     specialist_share: float = 0.4
     name: str = ""
 
@@ -454,13 +469,10 @@ class KnowledgeConcentration(Trainable, nn.Module):
             pace_init=config.pace_init,
             class_bias=config.class_bias,
         )
-
-    def add_specialists(self) -> None:
-        """Makes a new specialist for every vertical. A model for inference has none."""
-        self.specialists = nn.ModuleList(
-            Specialist(self.config.specialist, self.config.specialist_width, n)
-            for n in self.config.vertical_sizes
-        )
+        if config.with_specialists:
+            self.specialists = nn.ModuleList(
+                Specialist(config.specialist, config.specialist_width, n) for n in config.vertical_sizes
+            )
 
     def _head(self) -> StructurallyConnectedHead:
         if self.head is None:
@@ -545,16 +557,17 @@ class KnowledgeConcentration(Trainable, nn.Module):
             table[label] = torch.tensor(pair)
         device = self.progress.device
         self.label_classes = table.to(device)
-        self.config = replace(self.config, vertical_sizes=tuple(sizes), class_names=tuple(names))
+        self.config = replace(
+            self.config, vertical_sizes=tuple(sizes), class_names=tuple(names), with_specialists=True
+        )
         self._build()
-        self.add_specialists()
         self.to(device)
 
     def training_losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """The specialists' loss in the first part of the run, the student's in the second."""
         classes = self.label_classes[batch.image_labels]
         starts = torch.tensor(self._head().offsets, device=classes.device)
-        vertical = torch.bucketize(classes[:, 1], starts, right=True) - 1
+        vertical = torch.bucketize(classes[:, 1].contiguous(), starts, right=True) - 1
         if self.config.targets == "soft" and float(self.progress) < self.config.specialist_share:
             return {"loss": self.specialist_loss(batch.images, vertical, classes)}
         return {"loss": self.student_loss(batch.images, vertical, classes)}

@@ -319,6 +319,7 @@ class Selfie(Trainable, nn.Module):
 CONFIG_EMOJI = SelfieConfig(
     depths=(1, 1, 1, 1),
     width=12,
+    strides=(2, 2, 2, 1),
     layers=2,
     heads=8,
     mlp_width=256,
