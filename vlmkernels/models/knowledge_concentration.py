@@ -2,8 +2,8 @@
 """Knowledge Concentration: many specialist classifiers compressed into one network over all their classes.
 
 Gao et al., "Knowledge Concentration: Learning 100K Object Classifiers in a Single CNN" (2017). Three parts: soft
-targets from the specialist of the sample's vertical (birds, cars, dishes, ...), an output layer split by vertical, and
-a learned scale per vertical that lets verticals learn at their own pace.
+targets from the specialist of the sample's vertical (birds, cars, dishes, ...), an output layer split by vertical,
+and a learned scale per vertical that lets verticals learn at their own pace.
 
     z* = the K = 100 largest sigma(specialist_v(x)) inside the vertical V_v of the sample, 0 everywhere else
     y_v = gamma_v x_v / |x_v|,  x_v the logits of vertical v
@@ -13,8 +13,13 @@ Labels nest (a robin is a bird), so both sides are sigmoids. Zeroing follows the
 in several verticals needs one output per vertical. (reconstructed): ReLU between layers; the norm taken over the N_v
 logits of the vertical; the optional bias per class after scaling.
 
-The loss and its gradients are computed vertical by vertical: the [B, N] logits of 100,000 classes never exist, only
-[B, N_v]. Shapes: images `[B, 3, S, S]`; features `[B, D]`; targets sparse, K a sample.
+The paper: Inception-V2, 50 GPUs of batch 64, 5 epochs of 400M images, 20 verticals; average precision per vertical.
+
+    vlmkernels train --model concentration-emoji
+
+trains a specialist per group of emoji, then the student. The loss and its gradients are computed vertical by
+vertical: the [B, N] logits of 100,000 classes never exist, only [B, N_v]. Shapes: images `[B, 3, S, S]`; features
+`[B, D]`; targets sparse, K a sample.
 """
 
 from __future__ import annotations

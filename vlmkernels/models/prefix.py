@@ -12,8 +12,12 @@ Shapes: images `[B, 3, S, S]` float, normalised; ids `[B, L]`; sources an int or
 Not confirmed in a source, and so marked (reconstructed): one token per source; the prefix before the start token (a
 prefix after the end token would do nothing under a causal mask); templates drawn at random in training; prefixes
 without weight decay; UniCL's loss from its published definition. That each mini-batch comes from one source
-("debiased sampling") is (recalled); `SingleSourceBatchSampler(..., sampling="mixed")` is the ablation. Optimiser,
-batch, epochs and backbone of the paper were not found.
+("debiased sampling") is (recalled); `sampling="mixed"` is the ablation. Optimiser, batch, epochs and backbone of the
+paper were not found.
+
+    vlmkernels train --model prefix-emoji --styles noto,openmoji
+
+takes the first drawing style for labels (subgroups in templates) and the others for captions.
 """
 
 from __future__ import annotations
@@ -71,6 +75,7 @@ class PrefixCLIPConfig(ModelConfig):
         tokens_per_source: Tokens m of a prefix; 0 = no prefixes, the ablation.
         objective: "unicl" (equal labels are positives) or "clip" (each pair is its own class).
         test_source: Prefix of `encode_text` where none is given.
+        sampling: "single" (each training batch comes from one source) or "mixed".
         name: Name of the configuration, for reports.
     """
 
@@ -82,11 +87,12 @@ class PrefixCLIPConfig(ModelConfig):
     tokens_per_source: int = 1
     objective: str = "unicl"
     test_source: int = CAPTION
+    sampling: str = "single"
     name: str = ""
 
     def __post_init__(self) -> None:
         require_positive(self, "num_sources")
-        require_one_of(self, objective=("unicl", "clip"))
+        require_one_of(self, objective=("unicl", "clip"), sampling=("single", "mixed"))
         if self.tokens_per_source < 0:
             raise ValueError(
                 f"PrefixCLIPConfig: tokens_per_source must not be negative, got {self.tokens_per_source}"
@@ -316,13 +322,13 @@ class PrefixCLIP(Trainable, nn.Module):
         ['image_features', 'logit_scale', 'loss', 'text_features']
     """
 
-    needs_single_source = True
     may_leave_unused = True  # a batch leaves the other source's prefix alone
     no_weight_decay = ("positional_embedding",)
 
     def __init__(self, config: PrefixCLIPConfig | None = None) -> None:
         super().__init__()
         self.config = config or PrefixCLIPConfig()
+        self.needs_single_source = self.config.sampling == "single"
         self._subgroups: tuple[str, ...] = ()
         self._captions_only = False
         self.tokenizer_state: dict[str, Any] | None = None
@@ -380,10 +386,10 @@ class PrefixCLIP(Trainable, nn.Module):
         self._subgroups = facts.subgroups
         self._captions_only = len(facts.sources) < 2
 
-    def _source(self, source: Tensor) -> int:
-        """The source of a batch, whose pictures all come from one."""
-        labels = not self._captions_only and len(source) > 0 and bool((source == 0).all())
-        return CLASSIFICATION if labels else CAPTION
+    def _kinds(self, source: Tensor) -> Tensor:
+        """The kind of data of every row: the first source holds labels, the others captions."""
+        first = (source == 0) & (not self._captions_only)
+        return torch.where(first, CLASSIFICATION, CAPTION)
 
     def vocabulary_texts(
         self,
@@ -402,28 +408,36 @@ class PrefixCLIP(Trainable, nn.Module):
         source: Tensor,
         generator: torch.Generator,
     ) -> list[str] | None:
-        """Labels (subgroups) in templates drawn at random where the source is that of labels; else the captions."""
-        if self._source(source) == CAPTION:
+        """Labels (subgroups) in templates drawn at random where the source is that of labels; else captions."""
+        kinds = self._kinds(source).tolist()
+        if CLASSIFICATION not in kinds:
             return None
         picks = torch.randint(len(LABEL_TEMPLATES), (len(concepts),), generator=generator).tolist()
-        return [
-            LABEL_TEMPLATES[pick].format(_spoken(self._subgroups[c.subgroup]))
-            for pick, c in zip(picks, concepts, strict=True)
-        ]
+        texts = []
+        for kind, pick, concept, words in zip(kinds, picks, concepts, keywords, strict=True):
+            if kind == CLASSIFICATION:
+                texts.append(LABEL_TEMPLATES[pick].format(_spoken(self._subgroups[concept.subgroup])))
+            else:
+                texts.append(", ".join([concept.name, *words[:3]]))
+        return texts
 
     def training_losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """The loss of a batch of one source; labels are the subgroups, captions have none."""
+        """The loss of a batch; labels are the subgroups, and every caption is its own class.
+
+        Raises:
+            ValueError: If texts or sources are missing, or there are two views of a text.
+        """
         if batch.ids is None or batch.source is None:
             raise ValueError("PrefixCLIP: training needs texts and the pictures' source")
-        source = self._source(batch.source)
-        labels = None
-        if source == CLASSIFICATION:
-            labels = batch.subgroup
-        elif batch.options.group is not None:
-            labels = batch.text_labels  # of the whole data set, so that they differ between processes
-        out = self(batch.images, batch.ids, source, labels, group=batch.options.group)
-        kind = "l_labels" if source == CLASSIFICATION else "l_captions"
-        return {"loss": out["loss"], kind: out["loss"]}
+        if len(batch.images) != len(batch.ids):
+            raise ValueError("PrefixCLIP: training takes one view of each text")
+        kinds = self._kinds(batch.source)
+        labels = batch.text_labels if batch.options.group is not None else torch.full_like(kinds, -1)
+        if batch.subgroup is not None:
+            # Subgroups count from the top, clear of the captions' numbers in a batch of both.
+            labels = torch.where(kinds == CLASSIFICATION, (1 << 40) + batch.subgroup, labels)
+        loss = self(batch.images, batch.ids, kinds, labels, group=batch.options.group)["loss"]
+        return {"loss": loss, "labels_share": (kinds == CLASSIFICATION).float().mean()}
 
     @torch.no_grad()
     def class_features(self, ids: Tensor, *, source: int | None = None) -> Tensor:  # [C, P, L] -> [C, E]

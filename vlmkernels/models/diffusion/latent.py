@@ -4,7 +4,10 @@
 Condition dropout replaces a sample's condition by a learned null condition, so that the network learns both halves of
 classifier-free guidance. A batch draws a timestep per sample.
 
-Shapes: images `[B, C, S, S]`; latents `[B, c, s, s]`; conditions int64 `[B]` (classes) or ids `[B, L]` (texts).
+    vlmkernels train --model diffusion-emoji --average 0.995
+
+trains on emoji under their groups. Shapes: images `[B, C, S, S]`; latents `[B, c, s, s]`; conditions int64 `[B]`
+(classes) or ids `[B, L]` (texts).
 """
 
 from __future__ import annotations
