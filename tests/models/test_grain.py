@@ -255,7 +255,7 @@ class _Scenes:
         def losses(step: int):
             return model(*self.batch(self.train, torch.randint(1000, (40,), generator=generator)))
 
-        fit(model, losses, 360, lr=1.5e-3)
+        fit(model, losses, 300, lr=2e-3)
         return model
 
     @torch.no_grad()

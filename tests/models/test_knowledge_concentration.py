@@ -303,7 +303,7 @@ def test_soft_targets_and_self_pacing_on_an_unseen_style(record_claim):
 
         fit(model, losses, steps, lr=2e-3)
 
-    learn(teacher, 260, "specialist_loss")
+    learn(teacher, 220, "specialist_loss")
     truth = teacher.label_classes[torch.tensor([e.index for e in test.entries])]
     relevant = torch.zeros(len(test), teacher.head.classes, dtype=torch.bool)
     relevant.scatter_(1, truth, True)
@@ -316,7 +316,7 @@ def test_soft_targets_and_self_pacing_on_an_unseen_style(record_claim):
     ):
         student = new(**options)
         student.specialists = teacher.specialists
-        learn(student, 240, "student_loss")
+        learn(student, 200, "student_loss")
         with torch.no_grad():
             scores = torch.cat([student(part) for part in images.split(300)])
         found = average_precision(scores, relevant)

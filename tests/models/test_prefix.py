@@ -150,7 +150,7 @@ def test_bad_input_is_named(model):
         SingleSourceBatchSampler([0, 1], 4, [1.0])
 
 
-_STEPS = 280
+_STEPS = 250
 _BATCH = 128
 
 
@@ -261,14 +261,16 @@ def test_prefixes_raise_zero_shot_accuracy(seed, record_claim):
         holds=subgroups[0] >= subgroups[1],
         seeds=[seed],
     )
+    assert names[1] > 3 / classes
+    if seed:  # one seed shows what the last claim is about; each takes a third training
+        return
     alone = data.accuracy(data.run(0, (CAPTION,), seed), "subgroup", CAPTION)
     both = data.accuracy(joint, "subgroup", CAPTION)
     record_claim(
         system="Prefix Conditioning",
         claim="joint training without prefixes is no worse than captions alone on the labels' task",
-        expected="subgroup accuracy: joint at least captions alone, for every seed",
+        expected="subgroup accuracy: joint at least captions alone",
         seen=f"{100 * both:.1f}% joint, {100 * alone:.1f}% captions alone",
         holds=both >= alone,
         seeds=[seed],
     )
-    assert names[1] > 3 / classes
