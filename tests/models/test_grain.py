@@ -222,7 +222,7 @@ class _Scenes:
             for e in self.emojis.emojis
             if e.group in ("Animals & Nature", "Food & Drink") and e.base == e.index and len(e.styles) == 3
         ]
-        self.concepts = [e.index for e in entries][::2]
+        self.concepts = [e.index for e in entries][::6]
         generator = torch.Generator().manual_seed(0)
         self.train = self._draw(("noto", "openmoji"), 1000, generator)
         self.test = self._draw(("noto", "openmoji"), 120, generator)
@@ -255,7 +255,7 @@ class _Scenes:
         def losses(step: int):
             return model(*self.batch(self.train, torch.randint(1000, (40,), generator=generator)))
 
-        fit(model, losses, 300, lr=2e-3)
+        fit(model, losses, 600, lr=2e-3)
         return model
 
     @torch.no_grad()

@@ -268,7 +268,7 @@ class _Scenes:
             images = self.images[torch.randint(700, (40,), generator=generator)]
             return model(view(images), view(images))
 
-        fit(model, losses, 150, lr=1.5e-3)
+        fit(model, losses, 340, lr=1.5e-3)
         return model
 
     @torch.no_grad()

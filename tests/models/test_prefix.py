@@ -150,7 +150,7 @@ def test_bad_input_is_named(model):
         SingleSourceBatchSampler([0, 1], 4, [1.0])
 
 
-_STEPS = 250
+_STEPS = 700
 _BATCH = 128
 
 

@@ -147,7 +147,8 @@ class StructurallyConnectedHead(nn.Module):
         pace: None (plain logits), "vertical" (one gamma each, the best) or "class".
         pace_init: "sqrt" for sqrt(N_v) (the best) or "10"; plus noise of deviation 1e-3.
         bias: Biases of the hidden layers.
-        class_bias: A bias per class, after scaling.
+        class_bias: A bias per class, after scaling, that starts at the logit of one class in N. A vertical's scaled logits
+            have a fixed norm, so that without it gamma must grow far before most classes can be unlikely.
 
     Attributes:
         offsets: First class of every vertical, and N.
@@ -201,7 +202,8 @@ class StructurallyConnectedHead(nn.Module):
         for weight in (self.layer2_weight, self.weight):
             if weight is not None:
                 nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
-        self.class_bias = nn.Parameter(torch.zeros(sum(sizes))) if class_bias else None
+        rare = -math.log(max(sum(sizes) - 1, 1))
+        self.class_bias = nn.Parameter(torch.full((sum(sizes),), rare)) if class_bias else None
         self.gamma: nn.Parameter | None = None
         if pace is not None:
             start = torch.tensor([math.sqrt(n) if pace_init == "sqrt" else 10.0 for n in sizes])
@@ -604,6 +606,7 @@ CONFIG_EMOJI = KnowledgeConcentrationConfig(
     s2=64,
     vertical_sizes=(),
     k=20,
+    class_bias=True,
     name="concentration-emoji",
 )
 
