@@ -147,8 +147,8 @@ class StructurallyConnectedHead(nn.Module):
         pace: None (plain logits), "vertical" (one gamma each, the best) or "class".
         pace_init: "sqrt" for sqrt(N_v) (the best) or "10"; plus noise of deviation 1e-3.
         bias: Biases of the hidden layers.
-        class_bias: A bias per class, after scaling, that starts at the logit of one class in N. A vertical's scaled logits
-            have a fixed norm, so that without it gamma must grow far before most classes can be unlikely.
+        class_bias: A bias per class, after scaling, that starts at the logit of one class in N. A vertical's scaled
+            logits have a fixed norm, so that without it gamma must grow far before most classes can be unlikely.
 
     Attributes:
         offsets: First class of every vertical, and N.
