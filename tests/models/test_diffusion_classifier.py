@@ -3,9 +3,12 @@
 
 import pytest
 import torch
+from emoji_runs import Pictures, fit
 
 import vlmkernels as vk
-from vlmkernels.models.diffusion import NoiseSchedule
+from vlmkernels.data import emoji
+from vlmkernels.models.diffusion import LatentDiffusion, NoiseSchedule
+from vlmkernels.models.diffusion.latent import CONFIG_EMOJI
 from vlmkernels.models.diffusion_classifier import STAGES, DiffusionClassifier, stage_timesteps, winoground
 
 SCHEDULE = NoiseSchedule("linear")
@@ -185,3 +188,40 @@ def test_bad_input_is_named():
         classifier.classify(MEANS, MEANS, (5, 10), (3, 1), noise=torch.zeros(3, 16))
     with pytest.raises(ValueError, match="stages of 1 to 1000"):
         stage_timesteps([0])
+
+
+@pytest.mark.slow
+def test_emoji_of_an_unseen_style_are_classified_by_group(record_claim):
+    emojis = emoji.load()
+    train = Pictures(emojis.select(styles=("noto", "openmoji"), base_only=True), 16)
+    test = Pictures(emojis.select(styles="twemoji", base_only=True)[::16], 16)
+    groups = {name: i for i, name in enumerate(emojis.groups)}
+    truth = torch.tensor([groups[e.group] for e in test.entries])
+    labels = torch.tensor([groups[e.group] for e in train.entries])
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "pixel_scale": 0.8, "dit": {"width": 96, "layers": 3}}
+    model = LatentDiffusion(CONFIG_EMOJI.override(**sizes))
+    generator = torch.Generator().manual_seed(0)
+
+    def losses(step: int) -> dict[str, torch.Tensor]:
+        rows = torch.randint(len(train), (128,), generator=generator)
+        return model(train.views(rows, generator), labels[rows])
+
+    fit(model, losses, 420, lr=2e-3)
+    classifier = DiffusionClassifier(model, batch_size=2048)
+    latents = model.encode(test.plain())
+    found, _ = classifier.classify(
+        latents, torch.arange(len(groups)), (10, 40), (4, 1), generator=torch.Generator().manual_seed(0)
+    )
+    accuracy = float((found == truth).float().mean())
+    majority = float(truth.bincount().max()) / len(truth)
+    record_claim(
+        system="Diffusion Classifier",
+        claim="a denoiser conditioned on groups names the group of emoji in a style that it never saw",
+        expected="accuracy above the share of the largest group",
+        seen=f"{100 * accuracy:.1f}% of {len(truth)} emoji in {len(groups)} groups; "
+        f"largest group {100 * majority:.1f}%",
+        holds=accuracy > majority,
+        seeds=[0],
+    )
+    assert accuracy > majority

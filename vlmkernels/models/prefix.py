@@ -12,8 +12,12 @@ Shapes: images `[B, 3, S, S]` float, normalised; ids `[B, L]`; sources an int or
 Not confirmed in a source, and so marked (reconstructed): one token per source; the prefix before the start token (a
 prefix after the end token would do nothing under a causal mask); templates drawn at random in training; prefixes
 without weight decay; UniCL's loss from its published definition. That each mini-batch comes from one source
-("debiased sampling") is (recalled); `SingleSourceBatchSampler(..., sampling="mixed")` is the ablation. Optimiser,
-batch, epochs and backbone of the paper were not found.
+("debiased sampling") is (recalled); `sampling="mixed"` is the ablation. Optimiser, batch, epochs and backbone of the
+paper were not found.
+
+    vlmkernels train --model prefix-emoji --styles noto,openmoji
+
+takes the first drawing style for labels (subgroups in templates) and the others for captions.
 """
 
 from __future__ import annotations
@@ -28,9 +32,10 @@ from torch import Tensor, nn
 
 from vlmkernels.models._checks import check_ids, check_images, require_one_of, require_positive
 from vlmkernels.models._config import ModelConfig
-from vlmkernels.models._registry import register_model
+from vlmkernels.models._registry import register_architecture, register_model
 from vlmkernels.models._text import TextTower, read_end
-from vlmkernels.models.clip import CLIP, CONFIGS, CLIPConfig, TextConfig, VisionConfig
+from vlmkernels.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from vlmkernels.models.training import Concept, Trainable, TrainingBatch, TrainingFacts
 from vlmkernels.ops.contrastive import clip_loss, multi_positive_loss
 from vlmkernels.systems import register_system
 
@@ -47,30 +52,47 @@ __all__ = [
 #: The two sources of the paper.
 CLASSIFICATION, CAPTION = 0, 1
 
+#: Templates that training puts labels into, after CLIP's (reconstructed).
+LABEL_TEMPLATES = (
+    "{}",
+    "a picture of {}",
+    "an emoji about {}",
+    "a picture from the group {}",
+    "an emoji of the kind {}",
+)
+
 
 @dataclass(frozen=True)
 class PrefixCLIPConfig(ModelConfig):
     """A CLIP with prefixes.
 
     Attributes:
-        clip: Both towers.
+        embed_dim: Width E of the joint space.
+        vision: Image tower.
+        text: Text tower.
+        act: Activation of every MLP.
         num_sources: Kinds of data, each with its prefix.
         tokens_per_source: Tokens m of a prefix; 0 = no prefixes, the ablation.
         objective: "unicl" (equal labels are positives) or "clip" (each pair is its own class).
         test_source: Prefix of `encode_text` where none is given.
+        sampling: "single" (each training batch comes from one source) or "mixed".
         name: Name of the configuration, for reports.
     """
 
-    clip: CLIPConfig = field(default_factory=lambda: CONFIGS["ViT-B-16"])
+    embed_dim: int = 512
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig(224, 12, 768, 16))
+    text: TextConfig = field(default_factory=TextConfig)
+    act: str = "gelu"
     num_sources: int = 2
     tokens_per_source: int = 1
     objective: str = "unicl"
     test_source: int = CAPTION
+    sampling: str = "single"
     name: str = ""
 
     def __post_init__(self) -> None:
         require_positive(self, "num_sources")
-        require_one_of(self, objective=("unicl", "clip"))
+        require_one_of(self, objective=("unicl", "clip"), sampling=("single", "mixed"))
         if self.tokens_per_source < 0:
             raise ValueError(
                 f"PrefixCLIPConfig: tokens_per_source must not be negative, got {self.tokens_per_source}"
@@ -81,19 +103,9 @@ class PrefixCLIPConfig(ModelConfig):
             )
 
     @property
-    def vision(self) -> VisionConfig:
-        """The image tower, which `vk.data.transform_for` reads."""
-        return self.clip.vision
-
-    @property
-    def text(self) -> TextConfig:
-        """The text tower."""
-        return self.clip.text
-
-    @property
-    def embed_dim(self) -> int:
-        """Width E of the joint space."""
-        return self.clip.embed_dim
+    def clip(self) -> CLIPConfig:
+        """The CLIP that the prefixes are added to."""
+        return CLIPConfig(self.embed_dim, self.vision, self.text, self.act)
 
 
 class PrefixConditionedText(nn.Module):
@@ -216,6 +228,11 @@ def unicl_loss(
     return multi_positive_loss(image_features, text_features, logit_scale, labels, labels, group=group)
 
 
+def _spoken(label: str) -> str:
+    """Turns a class's identifier into plain words: "animal-mammal" into "animal mammal"."""
+    return label.lower().replace("&", "and").replace("-", " ").replace("_", " ")
+
+
 class SingleSourceBatchSampler:
     """Batches of indices that come from one source each ("debiased sampling"), in an order drawn anew per epoch.
 
@@ -287,7 +304,7 @@ class SingleSourceBatchSampler:
     "Prefix Conditioning Unifies Language and Label Supervision",
     "training method + test-time switch",
 )
-class PrefixCLIP(nn.Module):
+class PrefixCLIP(Trainable, nn.Module):
     """A CLIP whose text tower is told by a prefix what kind of text it reads.
 
     Args:
@@ -305,9 +322,15 @@ class PrefixCLIP(nn.Module):
         ['image_features', 'logit_scale', 'loss', 'text_features']
     """
 
+    may_leave_unused = True  # a batch leaves the other source's prefix alone
+    no_weight_decay = ("positional_embedding",)
+
     def __init__(self, config: PrefixCLIPConfig | None = None) -> None:
         super().__init__()
         self.config = config or PrefixCLIPConfig()
+        self.needs_single_source = self.config.sampling == "single"
+        self._subgroups: tuple[str, ...] = ()
+        self._captions_only = False
         self.tokenizer_state: dict[str, Any] | None = None
         clip = CLIP(self.config.clip)
         self.visual = clip.visual
@@ -358,6 +381,64 @@ class PrefixCLIP(nn.Module):
         loss = unicl_loss(image, text, labels, scale, group=group)
         return {"loss": loss, "image_features": image, "text_features": text, "logit_scale": scale}
 
+    def prepare_training(self, facts: TrainingFacts) -> None:
+        """Takes the first source (drawing style) for labels and the others for captions; one source is captions."""
+        self._subgroups = facts.subgroups
+        self._captions_only = len(facts.sources) < 2
+
+    def _kinds(self, source: Tensor) -> Tensor:
+        """The kind of data of every row: the first source holds labels, the others captions."""
+        first = (source == 0) & (not self._captions_only)
+        return torch.where(first, CLASSIFICATION, CAPTION)
+
+    def vocabulary_texts(
+        self,
+        concepts: tuple[Concept, ...] = (),
+        groups: tuple[str, ...] = (),
+        subgroups: tuple[str, ...] = (),
+        sources: tuple[str, ...] = (),
+    ) -> list[str]:
+        """The labels in their templates."""
+        return [t.format(_spoken(name)) for name in subgroups for t in LABEL_TEMPLATES]
+
+    def training_texts(
+        self,
+        concepts: list[Concept],
+        keywords: list[tuple[str, ...]],
+        source: Tensor,
+        generator: torch.Generator,
+    ) -> list[str] | None:
+        """Labels (subgroups) in templates drawn at random where the source is that of labels; else captions."""
+        kinds = self._kinds(source).tolist()
+        if CLASSIFICATION not in kinds:
+            return None
+        picks = torch.randint(len(LABEL_TEMPLATES), (len(concepts),), generator=generator).tolist()
+        texts = []
+        for kind, pick, concept, words in zip(kinds, picks, concepts, keywords, strict=True):
+            if kind == CLASSIFICATION:
+                texts.append(LABEL_TEMPLATES[pick].format(_spoken(self._subgroups[concept.subgroup])))
+            else:
+                texts.append(", ".join([concept.name, *words[:3]]))
+        return texts
+
+    def training_losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """The loss of a batch; labels are the subgroups, and every caption is its own class.
+
+        Raises:
+            ValueError: If texts or sources are missing, or there are two views of a text.
+        """
+        if batch.ids is None or batch.source is None:
+            raise ValueError("PrefixCLIP: training needs texts and the pictures' source")
+        if len(batch.images) != len(batch.ids):
+            raise ValueError("PrefixCLIP: training takes one view of each text")
+        kinds = self._kinds(batch.source)
+        labels = batch.text_labels if batch.options.group is not None else torch.full_like(kinds, -1)
+        if batch.subgroup is not None:
+            # Subgroups count from the top, clear of the captions' numbers in a batch of both.
+            labels = torch.where(kinds == CLASSIFICATION, (1 << 40) + batch.subgroup, labels)
+        loss = self(batch.images, batch.ids, kinds, labels, group=batch.options.group)["loss"]
+        return {"loss": loss, "labels_share": (kinds == CLASSIFICATION).float().mean()}
+
     @torch.no_grad()
     def class_features(self, ids: Tensor, *, source: int | None = None) -> Tensor:  # [C, P, L] -> [C, E]
         """Zero-shot classifier: the normalised mean of the normalised features of every class's P prompts."""
@@ -370,7 +451,7 @@ class PrefixCLIP(nn.Module):
         self.logit_scale.clamp_(0.0, 4.6052)
 
 
-_EMOJI = CLIPConfig(
+CONFIG_EMOJI = PrefixCLIPConfig(
     embed_dim=128,
     vision=VisionConfig(
         image_size=32,
@@ -383,9 +464,11 @@ _EMOJI = CLIPConfig(
         pool="mean",
     ),
     text=TextConfig(vocab_size=4096, context_length=32, width=96, layers=1, heads=4),
-    act="gelu",
+    name="prefix-emoji",
 )
-CONFIG_EMOJI = PrefixCLIPConfig(clip=_EMOJI, name="prefix-emoji")
+
+
+register_architecture("PrefixCLIP", PrefixCLIP, PrefixCLIPConfig)
 
 
 @register_model("prefix-ViT-B-16")
