@@ -20,7 +20,6 @@ import vlmkernels
 from vlmkernels.data import tokenizer_for, transform_for
 from vlmkernels.models import load_checkpoint, load_state_dict_file
 from vlmkernels.train import TrainConfig, TrainingFailed, train
-from vlmkernels.train.corpora import generator_for
 from vlmkernels.train.run_folder import RunFolder
 
 
@@ -201,10 +200,3 @@ def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], message
 def test_unknown_settings_are_named() -> None:
     with pytest.raises(ValueError, match="unknown setting 'learning_rate'"):
         TrainConfig.from_dict({"learning_rate": 1.0})
-
-
-def test_generators_differ_by_seed_and_purpose_and_repeat() -> None:
-    keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (0, 1, 0)]
-    draws = [tuple(torch.rand(4, generator=generator_for(*key)).tolist()) for key in keys]
-    assert len(set(draws)) == len(keys)
-    assert draws == [tuple(torch.rand(4, generator=generator_for(*key)).tolist()) for key in keys]

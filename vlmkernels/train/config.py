@@ -45,7 +45,7 @@ class TrainConfig:
     output: str | None = _option(None, "folder of the run (default: runs/<date-time>)")
     resume: bool = _option(False, "continue the run in --output from its last checkpoint")
     epochs: float = _option(100.0, "passes over the data; for emoji, a pass shows every concept once")
-    batch_size: int = _option(256, "captions per step and process")
+    batch_size: int = _option(256, "captions per step, shared by all processes")
     styles: str = _option(
         "noto,openmoji", "emoji: drawing styles to train on; retrieval is tested on the first one left out"
     )

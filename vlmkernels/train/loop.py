@@ -24,11 +24,13 @@ import torch
 
 from vlmkernels import _version
 from vlmkernels._files import write_text_atomically
+from vlmkernels.data.draws import key_for
 from vlmkernels.data.tokenizer import Tokenizer
 from vlmkernels.data.transforms import transform_for
 from vlmkernels.models import CLIP, create, save_pretrained
 from vlmkernels.ops.contrastive import clip_loss, multi_positive_loss, siglip_loss
 from vlmkernels.train import distributed
+from vlmkernels.train.batch_norm import synchronize_batch_norm
 from vlmkernels.train.checkpoint import load_checkpoint, save_checkpoint
 from vlmkernels.train.config import TrainConfig
 from vlmkernels.train.corpora import Batch, EmojiCorpus, PairCorpus
@@ -38,6 +40,8 @@ from vlmkernels.train.run_folder import RunFolder, has_checkpoint, open_run
 from vlmkernels.train.schedule import warmup_cosine
 
 logger = logging.getLogger(__name__)
+
+_DROPOUT = 100  # what a key is for; `corpora` has the others
 
 
 class TrainingFailed(RuntimeError):
@@ -186,7 +190,9 @@ class _Run:
             self.folder.rewind(0)
         self.forward: Callable[..., dict[str, torch.Tensor]] = self.model
         if self.processes.group is not None:
-            self.forward = torch.nn.parallel.DistributedDataParallel(self.model)
+            synchronize_batch_norm(self.model, self.processes.group)
+            # Buffers are the same everywhere: those of batch norm come from the batch of all processes.
+            self.forward = torch.nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
 
     def _open_corpus(self, size: int, stack: contextlib.ExitStack) -> EmojiCorpus | PairCorpus:
         config, processes = self.config, self.processes
@@ -266,7 +272,7 @@ class _Run:
             loss, factor = self._train_step(batch)
             self.step += 1
             window.append(loss)
-            window_pairs += len(batch.texts) * self.processes.world_size
+            window_pairs += self.corpus.batch_size
             now = time.perf_counter()
             if self.step % config.log_every == 0 or self.step == self.total:
                 mean = float(torch.stack(window).mean())
@@ -305,10 +311,9 @@ class _Run:
         factor = warmup_cosine(self.step, steps=self.total, warmup=self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * factor
-        # Dropout and the like draw from torch's generator: seeded per step, it needs no memory of earlier ones.
-        torch.manual_seed(
-            self.config.seed * 1_000_003 + self.step * self.processes.world_size + self.processes.rank
-        )
+        # Dropout and the like draw from torch's generator: seeded per step, it needs no memory of earlier ones. They
+        # are all that depends on how many processes share the batch.
+        torch.manual_seed(key_for(self.config.seed, _DROPOUT, self.step, self.processes.rank))
         images = self.transform.normalize(batch.images.mul(255.0)).to(device)
         ids = trim(self.tokenizer(batch.texts), self.tokenizer.end_id).to(device)
         with self.autocast():
