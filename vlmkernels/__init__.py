@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public names of vlmkernels, and nothing else."""
 
-from vlmkernels import data, integrations, models, nn
+from vlmkernels import data, integrations, models, nn, train
 from vlmkernels._version import __version__
 from vlmkernels.diagnostics import backends
 from vlmkernels.nn.quantize import quantize_
@@ -46,5 +46,6 @@ __all__ = [
     "scaled_dot_product_attention",
     "siglip_loss",
     "topk_similarity",
+    "train",
     "zero_shot",
 ]

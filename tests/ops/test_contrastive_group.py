@@ -31,6 +31,7 @@ CASES = [
     *(Case(op, (4, 0, 9), "float64", "reference") for op in OPS),
     *(Case(op, (7, 20), "bfloat16") for op in OPS),
     *(Case("clip_loss", (7, 2), backend=backend, smoothing=0.2) for backend in ("cpu", "reference")),
+    Case("clip_loss", (7, 2), "float64", "reference", smoothing=0.2),
     *(Case(op, (13,)) for op in OPS),
     *(Case(op, (300, 517)) for op in OPS),  # many tiles
 ]

@@ -6,9 +6,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.distributed as dist
+from cached_problems import LOSSES, labels, problem
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from vlmkernels.train.batch_norm import synchronize_batch_norm
+from vlmkernels.train.cached import CachedContrastive
 
 BATCH_NORM_ROWS = (1, 4, 3)
 BATCH_NORM_OPTIONS = ((0.1, True), (None, False))  # momentum, affine
@@ -49,4 +52,38 @@ def batch_norm_over_ranks(rank: int, size: int) -> list[dict[str, np.ndarray]]:
         found = {name: p.grad.numpy() for name, p in model.named_parameters()}
         found |= {name: b.numpy() for name, b in model.named_buffers()}
         results.append(found | {"out": out, "x": grad_x})
+    return results
+
+
+def cached_over_ranks(rank: int, size: int) -> dict[str, tuple[dict[str, np.ndarray], int]]:
+    """Gradients of two accumulated batches under DDP, and how often a bucket was reduced."""
+    results = {}
+    for name, loss in LOSSES.items():
+        model, images, texts = problem()
+        if name != "siglip":
+            model.logit_bias.requires_grad_(False)  # DDP waits for every parameter
+        parallel = nn.parallel.DistributedDataParallel(model)
+        reductions: list[int] = []
+
+        def count(seen, bucket):  # DDP wants other annotations than strings, or none
+            seen.append(1)
+            return allreduce_hook(dist.group.WORLD, bucket)
+
+        parallel.register_comm_hook(reductions, count)
+        step = CachedContrastive(parallel, loss, micro_batch=4)
+        cut = 9  # unequal shards
+        mine = slice(0, cut) if rank == 0 else slice(cut, None)
+        for number, weight in enumerate((0.25, 0.75)):
+            step(
+                images[mine],
+                texts[mine],
+                weight=weight,
+                synchronize=number == 1,
+                group=dist.group.WORLD,
+                labels=labels()[mine],
+            )
+        results[name] = (
+            {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None},
+            len(reductions),
+        )
     return results

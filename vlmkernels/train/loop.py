@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: from settings to a run folder with a model, an evaluation and a report.
 
-One step: a batch as a function of the step, forward under autocast, a fused contrastive loss, backward, AdamW or Lion,
-the logit scale clamped to [1, 100]. Everything random is drawn from the seed and the step, so that a run that was
-interrupted continues to the same bits on a CPU with the same number of threads.
+One step: a batch as a function of the step, forward under autocast, a fused contrastive loss, backward (both in
+micro-batches where asked for), AdamW or Lion, the logit scale clamped to [1, 100]. Everything random is drawn from the
+seed and the step, so that a run that was interrupted continues to the same bits on a CPU with the same number of
+threads.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from vlmkernels.models import CLIP, create, save_pretrained
 from vlmkernels.ops.contrastive import clip_loss, multi_positive_loss, siglip_loss
 from vlmkernels.train import distributed
 from vlmkernels.train.batch_norm import synchronize_batch_norm
+from vlmkernels.train.cached import CachedContrastive
 from vlmkernels.train.checkpoint import load_checkpoint, save_checkpoint
 from vlmkernels.train.config import TrainConfig
 from vlmkernels.train.corpora import Batch, EmojiCorpus, PairCorpus
 from vlmkernels.train.evaluation import EmojiEvaluation, Encoder, PairsEvaluation, trim
-from vlmkernels.train.optim import WeightAverage, create_optimizer
+from vlmkernels.train.optim import DEFAULT_BETAS, WeightAverage, create_optimizer
 from vlmkernels.train.run_folder import RunFolder, has_checkpoint, open_run
 from vlmkernels.train.schedule import warmup_cosine
 
@@ -177,22 +179,36 @@ class _Run:
         self.model = _new_model(config.model, options | {"text": text}).to(self.processes.device)
         self.tokenizer.context_length = self.model.config.text.context_length
         self.transform = transform_for(self.model)
+        defaults = DEFAULT_BETAS[config.optimizer]
         self.optimizer = create_optimizer(
-            config.optimizer, self.model, lr=config.lr, weight_decay=config.weight_decay
+            config.optimizer,
+            self.model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            betas=(
+                defaults[0] if config.beta1 is None else config.beta1,
+                defaults[1] if config.beta2 is None else config.beta2,
+            ),
+            layer_decay=config.layer_decay,
         )
         self.average = WeightAverage(self.model, config.average) if config.average else None
-        self.total = max(1, round(config.epochs * self.corpus.steps_per_epoch))
+        self.total = max(1, round(config.epochs * self.corpus.steps_per_epoch / config.accumulate))
         self.warmup = min(self.total, round(config.warmup * self.total))
         if config.resume and has_checkpoint(self.folder):
             self._restore()
         elif self.processes.is_first:
             self._write_params()
             self.folder.rewind(0)
-        self.forward: Callable[..., dict[str, torch.Tensor]] = self.model
+        forward: torch.nn.Module = self.model
         if self.processes.group is not None:
             synchronize_batch_norm(self.model, self.processes.group)
             # Buffers are the same everywhere: those of batch norm come from the batch of all processes.
-            self.forward = torch.nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            forward = torch.nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+        batch, world = self.corpus.batch_size, self.processes.world_size
+        micro_batch = config.micro_batch or batch
+        # As many on every process, since they meet in batch norm, and none of them empty.
+        self.parts = min(math.ceil(math.ceil(batch / world) / micro_batch), batch // world)
+        self.contrast = CachedContrastive(forward, self._loss, micro_batch=micro_batch, context=self.autocast)
 
     def _open_corpus(self, size: int, stack: contextlib.ExitStack) -> EmojiCorpus | PairCorpus:
         config, processes = self.config, self.processes
@@ -268,11 +284,10 @@ class _Run:
         window_pairs, window_began = 0, began
         stopped = False
         while self.step < self.total and not stopped:
-            batch = self.corpus.batch(self.step)
-            loss, factor = self._train_step(batch)
+            loss, factor = self._train_step()
             self.step += 1
             window.append(loss)
-            window_pairs += self.corpus.batch_size
+            window_pairs += self.corpus.batch_size * config.accumulate
             now = time.perf_counter()
             if self.step % config.log_every == 0 or self.step == self.total:
                 mean = float(torch.stack(window).mean())
@@ -282,7 +297,7 @@ class _Run:
                     )
                 row = {
                     "step": self.step,
-                    "epoch": round(self.step / self.corpus.steps_per_epoch, 3),
+                    "epoch": round(self.step * config.accumulate / self.corpus.steps_per_epoch, 3),
                     "loss": round(mean, 5),
                     "lr": config.lr * factor,
                     "logit_scale": round(float(self.model.logit_scale.detach().exp()), 3),
@@ -305,42 +320,59 @@ class _Run:
         self.observer.finish()
         return not stopped
 
-    def _train_step(self, batch: Batch) -> tuple[torch.Tensor, float]:
+    def _train_step(self) -> tuple[torch.Tensor, float]:
         """One step; returns its loss and the factor on the learning rate."""
-        device = self.processes.device
+        config = self.config
         factor = warmup_cosine(self.step, steps=self.total, warmup=self.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * factor
-        # Dropout and the like draw from torch's generator: seeded per step, it needs no memory of earlier ones. They
-        # are all that depends on how many processes share the batch.
-        torch.manual_seed(key_for(self.config.seed, _DROPOUT, self.step, self.processes.rank))
-        images = self.transform.normalize(batch.images.mul(255.0)).to(device)
-        ids = trim(self.tokenizer(batch.texts), self.tokenizer.end_id).to(device)
-        with self.autocast():
-            out = self.forward(images, ids)
-        loss = self._loss(out, batch)
+            group["lr"] = config.lr * factor * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        losses = [
+            self._add_gradients(self.step * config.accumulate + i, last=i == config.accumulate - 1)
+            for i in range(config.accumulate)
+        ]
+        if config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
         self.model.clamp_logit_scale()
         if self.average is not None:
             self.average.update(self.model)
-        return loss.detach(), factor
+        return torch.stack(losses).mean(), factor
 
-    def _loss(self, out: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        images, texts = out["image_features"].float(), out["text_features"].float()
-        scale, group = out["logit_scale"], self.processes.group
+    def _add_gradients(self, number: int, *, last: bool) -> torch.Tensor:
+        """Adds a batch's share of the step's gradients; returns its loss."""
+        device, rank = self.processes.device, self.processes.rank
+        batch = self.corpus.batch(number)
+        # Dropout and the like draw from torch's generator: seeded per batch, it needs no memory of earlier ones. They
+        # are all that depends on how many processes share the batch.
+        torch.manual_seed(key_for(self.config.seed, _DROPOUT, number, rank))
+        images = self.transform.normalize(batch.images.mul(255.0)).to(device)
+        ids = trim(self.tokenizer(batch.texts), self.tokenizer.end_id).to(device)
+        return self.contrast(
+            images, ids, weight=1 / self.config.accumulate, synchronize=last, parts=self.parts, batch=batch
+        )
+
+    def _loss(
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        logit_scale: torch.Tensor,
+        logit_bias: torch.Tensor | None = None,
+        *,
+        batch: Batch,
+    ) -> torch.Tensor:
+        images, texts, group = image_features.float(), text_features.float(), self.processes.group
         name = self.config.loss
         if name == "auto":
             name = "clip" if self.corpus.one_to_one else "multi_positive"
         if name == "multi_positive":
             labels = batch.image_labels.to(images.device), batch.text_labels.to(images.device)
-            return multi_positive_loss(images, texts, scale, *labels, group=group)
+            return multi_positive_loss(images, texts, logit_scale, *labels, group=group)
         if name == "siglip":
-            return siglip_loss(images, texts, scale, out["logit_bias"], group=group)
-        return clip_loss(images, texts, scale, label_smoothing=self.config.label_smoothing, group=group)
+            assert logit_bias is not None  # `_model_options` gives it one
+            return siglip_loss(images, texts, logit_scale, logit_bias, group=group)
+        smoothing = self.config.label_smoothing
+        return clip_loss(images, texts, logit_scale, label_smoothing=smoothing, group=group)
 
     def _save_checkpoint(self) -> None:
         if not self.processes.is_first:
