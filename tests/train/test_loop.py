@@ -79,6 +79,25 @@ def test_settings_run(tiny: dict[str, Any], change: dict[str, Any]) -> None:
     assert (result.evaluation is None) == (change.get("val_share") == 0.0)
 
 
+def test_micro_batches_change_the_losses_by_rounding_alone(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """The tiny model has no batch norm; sums over micro-batches come in another order."""
+    losses = []
+    for micro_batch in (None, 5):
+        output = str(tmp_path / str(micro_batch))
+        result = train(TrainConfig(**tiny | {"micro_batch": micro_batch, "output": output, "lr": 1e-4}))
+        losses.append([row["loss"] for row in RunFolder(result.folder).read_results()[:-1]])
+    assert losses[0] == pytest.approx(
+        losses[1], abs=5e-4
+    )  # AdamW turns the sign of a tiny gradient into a step
+
+
+def test_accumulated_batches_make_fewer_steps(tiny: dict[str, Any]) -> None:
+    result = train(TrainConfig(**tiny | {"accumulate": 2, "layer_decay": 0.8, "beta1": 0.95, "beta2": 0.98}))
+    rows = RunFolder(result.folder).read_results()
+    assert result.steps == 8  # 4 epochs of 65 pairs: 16 batches of 16
+    assert rows[-2]["epoch"] == 4.0
+
+
 def test_emoji_are_trained_and_evaluated(tiny: dict[str, Any]) -> None:
     config = TrainConfig(
         **tiny | {"data": "emoji", "epochs": 0.1, "batch_size": 64, "views": 2, "report": True}
@@ -190,6 +209,10 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny: dict[str, Any]) -> None:
         ({"views": 2, "loss": "clip"}, "need loss multi_positive"),
         ({"resume": True}, "resume needs output"),
         ({"threads": 0}, "threads must be at least 1"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1"),
+        ({"accumulate": 0}, "accumulate must be positive"),
+        ({"layer_decay": 0.0}, r"layer_decay must lie in \(0, 1\]"),
+        ({"beta2": 1.0}, r"beta2 must lie in \[0, 1\)"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:

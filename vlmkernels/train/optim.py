@@ -171,7 +171,8 @@ def _lion_steps(
     """`lion_step` for many tensors."""
     directions = torch._foreach_lerp(momenta, grads, 1 - betas[0])
     torch._foreach_sign_(directions)
-    torch._foreach_mul_(weights, 1 - lr * weight_decay)
+    for weight in weights if weight_decay else ():
+        weight.mul_(1 - lr * weight_decay)  # on a CPU _foreach_mul_ would round the factor to bfloat16
     torch._foreach_add_(weights, directions, alpha=-lr)
     torch._foreach_lerp_(momenta, grads, 1 - betas[1])
 
