@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import measures
 import pytest
 import torch
 from peers import attention as peer
@@ -81,17 +82,9 @@ def step(function: Callable[[], Tensor], leaf: Tensor, upstream: Tensor | None) 
     return forward if upstream is None else both
 
 
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
-
-
 def rounds_for(call: Callable[[], object], seconds: float = SECONDS) -> int:
-    import time
-
     call()
-    start = time.perf_counter()
-    call()
-    return int(min(41, max(5, seconds / (time.perf_counter() - start) / 3)))
+    return int(min(41, max(5, seconds / measures.seconds(call) / 3)))
 
 
 @each_dtype
@@ -103,9 +96,9 @@ def test_attention(pairs, row, share_of_peak, case: Case, backward: bool, dtype:
     ours = step(lambda: vk.attention_qkvpacked(qkv, is_causal=case.is_causal, backend="cpu"), qkv, upstream)
     theirs = step(lambda: peer.attention(qkv, is_causal=case.is_causal), qkv, upstream)
     result, grad = ours(), qkv.grad
-    assert difference(result, theirs()) < TOLERANCE[dtype]
+    assert measures.difference(result, theirs()) < TOLERANCE[dtype]
     if backward:
-        assert difference(grad, qkv.grad) < TOLERANCE[dtype]
+        assert measures.difference(grad, qkv.grad) < TOLERANCE[dtype]
     operations = case.operations(backward)
     times = pairs(ours, theirs, rounds_for(theirs))
     rates = share_of_peak(dtype, operations, times["ms"])
@@ -128,7 +121,7 @@ def test_masked_keys_cost_nothing(pairs, row, case: Case, dtype: str) -> None:
     masked = step(lambda: vk.attention_qkvpacked(qkv, key_mask=mask, backend="cpu"), qkv, None)
     whole = step(lambda: vk.attention_qkvpacked(qkv, backend="cpu"), qkv, None)
     with torch.no_grad():
-        assert difference(masked(), peer.attention(qkv, key_mask=mask)) < TOLERANCE[dtype]
+        assert measures.difference(masked(), peer.attention(qkv, key_mask=mask)) < TOLERANCE[dtype]
     times = pairs(masked, whole, rounds_for(whole))
     row(
         f"attention {case.name} {dtype} forward, last half of the keys masked",
@@ -161,7 +154,7 @@ def test_packed_lengths_keep_the_rate(pairs, row, share_of_peak, backward: bool,
     ours = step(varlen, packed, upstream)
     same = step(lambda: vk.attention(*batch.unbind(2), backend="cpu"), batch, batch_upstream)
     with torch.no_grad():
-        assert difference(varlen(), peer.attention_varlen(packed, lengths)) < TOLERANCE[dtype]
+        assert measures.difference(varlen(), peer.attention_varlen(packed, lengths)) < TOLERANCE[dtype]
     operations = (14.0 if backward else 4.0) * H * D * sum(n * n for n in lengths)
     times = pairs(ours, same, rounds_for(same))
     rates = share_of_peak(dtype, operations, times["ms"])

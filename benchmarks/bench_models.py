@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import copy
 import logging
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 
+import measures
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,16 +63,6 @@ def inference(tower: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return call
 
 
-def seconds(call: Callable[[], Tensor], rounds: int = 3) -> float:
-    call()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 @pytest.fixture(scope="module")
 def bfloat16_peer(twins: tuple[nn.Module, nn.Module]) -> Callable[[Tensor], tuple[str, Callable[[], Tensor]]]:
     """`bfloat16_peer(x)`: the faster of open_clip's eager and compiled bfloat16 towers for a batch, and its name."""
@@ -82,7 +71,7 @@ def bfloat16_peer(twins: tuple[nn.Module, nn.Module]) -> Callable[[Tensor], tupl
 
     def choose(x: Tensor) -> tuple[str, Callable[[], Tensor]]:
         calls = {name: inference(tower, x) for name, tower in (("eager", plain), ("compiled", compiled))}
-        name = min(calls, key=lambda name: seconds(calls[name]))
+        name = min(calls, key=lambda name: measures.median_seconds(calls[name], 3))
         return f"open_clip bfloat16, {name}", calls[name]
 
     return choose

@@ -10,10 +10,10 @@ torch.library, autograd and allocations. One thread, warm cache, many calls per 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
+import measures
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,11 +72,20 @@ def plain_call(image: Tensor, text: Tensor) -> tuple[Callable[[], Any], Tensor]:
     return run, loss
 
 
-def microseconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    return (time.perf_counter() - start) / CALLS * 1e6
+def interleaved(benchmark: Any, sides: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    """Microseconds per call of each side: rounds of many calls, the sides in turn."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+
+    def many(call: Callable[[], Any]) -> None:
+        for _ in range(CALLS):
+            call()
+
+    def round_of_all() -> None:
+        for name, side in sides.items():
+            times[name].append(1e6 * measures.seconds(lambda side=side: many(side)) / CALLS)
+
+    benchmark.pedantic(round_of_all, rounds=ROUNDS, warmup_rounds=1)
+    return {name: values[1:] for name, values in times.items()}
 
 
 def test_forward_overhead(benchmark, row, features) -> None:
@@ -94,22 +103,18 @@ def test_forward_overhead(benchmark, row, features) -> None:
         "default": lambda: vk.clip_loss(image, text, scale),
         "peer": lambda: eager.clip_loss(image, text, scale),
     }
-    times: dict[str, list[float]] = {name: [] for name in sides}
-
-    def interleaved() -> None:
-        for name, side in sides.items():
-            times[name].append(microseconds(side))
-
-    benchmark.pedantic(interleaved, rounds=ROUNDS, warmup_rounds=1)
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    times = interleaved(benchmark, sides)
+    medians = {name: statistics.median(values) for name, values in times.items()}
     row(
         f"clip_loss {N} x {D} forward call",
         shape=[N, N, D],
         dtype="float32",
         peer="eager",
-        **{f"{name}_us": value for name, value in medians.items()},
+        **measures.versus(times["ours"], times["peer"], "us"),
+        plain_us=medians["plain"],
+        default_us=medians["default"],
         overhead_us=medians["ours"] - medians["plain"],
-        ratio=medians["peer"] / medians["ours"],
+        share_of_plain=medians["plain"] / medians["ours"],
     )
 
 
@@ -122,19 +127,11 @@ def test_forward_and_backward_call(benchmark, row, features) -> None:
     sides = {"ours": step(vk.clip_loss), "peer": step(eager.clip_loss)}
     for mine, theirs in zip(sides["ours"](), sides["peer"](), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
-    times: dict[str, list[float]] = {name: [] for name in sides}
-
-    def interleaved() -> None:
-        for name, side in sides.items():
-            times[name].append(microseconds(side))
-
-    benchmark.pedantic(interleaved, rounds=ROUNDS, warmup_rounds=1)
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    times = interleaved(benchmark, sides)
     row(
         f"clip_loss {N} x {D} forward + backward call",
         shape=[N, N, D],
         dtype="float32",
         peer="eager",
-        **{f"{name}_us": value for name, value in medians.items()},
-        ratio=medians["peer"] / medians["ours"],
+        **measures.versus(times["ours"], times["peer"], "us"),
     )

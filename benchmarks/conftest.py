@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: threads, interleaved pairs, probed peaks, and the compact result files.
+"""What the benchmarks share: threads, interleaved pairs, probed peaks, the quick subset, and the files of results.
 
-Run one file, look at the table, and keep the rows::
+README.md in this folder says how rows are reproduced and recorded::
 
     pytest benchmarks/bench_contrastive.py --benchmark-columns=median,iqr,rounds
     pytest benchmarks/bench_contrastive.py --save-results        # benchmarks/results/<machine>/contrastive.json
@@ -17,48 +17,95 @@ import json
 import os
 import platform
 import re
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measures
 import pytest
 import torch
 
 from vlmkernels import _native
+from vlmkernels._files import write_text_atomically
 from vlmkernels._version import __version__
 
+HERE = Path(__file__).parent
 ROWS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
 PROBE_SECONDS = 0.3
+
+#: A minute or two of rows, at least one of every family: what `-m quick` and `vlmkernels bench --quick` run.
+QUICK = (
+    "bench_attention.py::test_attention[ViT-B/32 (32,12,50,64)-forward-float32]",
+    "bench_attention.py::test_attention[ViT-B/32 (32,12,50,64)-forward+backward-bfloat16]",
+    "bench_attention.py::test_attention[text (64,8,77,64) causal-forward+backward-float32]",
+    "bench_attention.py::test_masked_keys_cost_nothing[ViT-B/16 (16,12,197,64)-float32]",
+    "bench_contrastive.py::test_forward_and_backward[clip_loss 2048 x 512 float32]",
+    "bench_contrastive.py::test_forward_and_backward[clip_loss 2048 x 512 bfloat16]",
+    "bench_engine.py::test_engine_rate[float32-512-50]",
+    "bench_engine.py::test_engine_rate[bfloat16-512-50]",
+    "bench_engine.py::test_engine_rate[int8-512-50]",
+    "bench_overhead.py::test_forward_overhead",
+    "bench_overhead.py::test_forward_and_backward_call",
+    "bench_quantized.py::test_w8a8_beside_float32[77x512x2048]",
+    "bench_quantized.py::test_bf16_beside_bfloat16[50x768x3072]",
+    "bench_quantized.py::test_float_linear[1576x768x3072-float32-forward]",
+    "bench_topk.py::test_few_classes[float32]",
+    "bench_topk.py::test_few_classes[bfloat16]",
+    "bench_topk.py::test_zero_shot",
+    "bench_topk.py::test_product_and_topk[int8]",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vlmkernels")
     group.addoption("--threads", type=int, default=2, help="threads of torch and of our kernels (default 2)")
-    group.addoption("--machine", default=None, help="name of the folder in benchmarks/results")
-    group.addoption(
-        "--save-results", action="store_true", help="write benchmarks/results/<machine>/<family>.json"
-    )
+    group.addoption("--machine", default=None, help="name of the folder in --results")
+    group.addoption("--results", default=str(HERE / "results"), help="where results are kept, by machine")
+    group.addoption("--save-results", action="store_true", help="write <results>/<machine>/<family>.json")
+    group.addoption("--rows", default=None, metavar="FILE", help="write the rows of this run to one file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = {}
+    config.addinivalue_line("markers", "quick: a row that the continuous integration compares as well")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if short_node(item) in QUICK:
+            item.add_marker(pytest.mark.quick)
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
+def short_node(item: pytest.Item) -> str:
+    """`bench_<family>.py::test[case]`: what pytest takes in this folder, wherever the root of the run is."""
+    return f"{item.path.name}::{item.nodeid.partition('::')[2]}"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
-    if not config.getoption("--save-results"):
-        return
-    folder = Path(__file__).parent / "results" / (config.getoption("--machine") or machine_name())
-    folder.mkdir(parents=True, exist_ok=True)
-    for family, rows in config.stash[ROWS].items():
-        path = folder / f"{family}.json"
-        kept = json.loads(path.read_text())["rows"] if path.exists() else []
-        new = {row["name"] for row in rows}
-        merged = [row for row in kept if row["name"] not in new] + rows
-        lines = ",\n".join("  " + json.dumps(row) for row in sorted(merged, key=lambda row: row["name"]))
-        path.write_text(f'{{"machine": {json.dumps(machine(config))},\n "rows": [\n{lines}\n]}}\n')
+    families = config.stash[ROWS]
+    name = config.getoption("--machine") or machine_name()
+    if config.getoption("--rows"):
+        content = {"name": name, "machine": machine(config), "families": families}
+        write_text_atomically(config.getoption("--rows"), json.dumps(content))
+    if config.getoption("--save-results"):
+        folder = Path(config.getoption("--results")) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for family, rows in families.items():
+            save_rows(folder / f"{family}.json", machine(config), rows)
+
+
+def save_rows(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Puts rows into a file of results, one a line; those of the same names are replaced."""
+    rows = [{key: value for key, value in row.items() if key != "node"} for row in rows]
+    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    new = {row["name"] for row in rows}
+    merged = [row for row in kept if row["name"] not in new] + rows
+    lines = ",\n".join("  " + json.dumps(row) for row in sorted(merged, key=lambda row: row["name"]))
+    write_text_atomically(path, f'{{"machine": {json.dumps(machine)},\n "rows": [\n{lines}\n]}}\n')
 
 
 def machine_name() -> str:
@@ -115,7 +162,7 @@ def row(benchmark, request: pytest.FixtureRequest, threads: int) -> Callable[...
     def note(name: str, **figures: Any) -> None:
         figures = {key: _short(value) for key, value in figures.items()}
         benchmark.extra_info.update(figures)
-        entry = {"name": name, **figures, "threads": threads, **versions()}
+        entry = {"name": name, **figures, "threads": threads, **versions(), "node": short_node(request.node)}
         request.config.stash[ROWS].setdefault(family, []).append(entry)
 
     return note
@@ -125,30 +172,20 @@ def row(benchmark, request: pytest.FixtureRequest, threads: int) -> Callable[...
 def pairs(benchmark) -> Callable[..., dict[str, float]]:
     """`pairs(ours, peer, rounds)` times the two in turn, peer first, after one untimed call of each.
 
-    Returns medians in milliseconds, their spread (interquartile range over median) and the ratio peer / ours.
+    Returns what `measures.versus` makes of them, in milliseconds.
     """
 
     def measure(ours: Callable[[], Any], peer: Callable[[], Any], rounds: int) -> dict[str, float]:
-        peer_seconds: list[float] = []
-        ours_seconds: list[float] = []
+        milliseconds: dict[str, list[float]] = {"ours": [], "peer": []}
 
         def timed_peer() -> None:
-            peer_seconds.append(_seconds(peer))
+            milliseconds["peer"].append(1e3 * measures.seconds(peer))
 
         def timed_ours() -> None:
-            ours_seconds.append(_seconds(ours))
+            milliseconds["ours"].append(1e3 * measures.seconds(ours))
 
         benchmark.pedantic(timed_ours, setup=timed_peer, rounds=rounds, warmup_rounds=1)
-        ours_seconds, peer_seconds = ours_seconds[-rounds:], peer_seconds[-rounds:]
-        ours_median, peer_median = statistics.median(ours_seconds), statistics.median(peer_seconds)
-        return {
-            "ms": ours_median * 1e3,
-            "spread": _spread(ours_seconds),
-            "peer_ms": peer_median * 1e3,
-            "peer_spread": _spread(peer_seconds),
-            "ratio": peer_median / ours_median,
-            "rounds": rounds,
-        }
+        return measures.versus(milliseconds["ours"][-rounds:], milliseconds["peer"][-rounds:], "ms")
 
     return measure
 
@@ -178,19 +215,6 @@ def share_of_peak(peak: Callable[[str], float]) -> Callable[[str, float, float],
         return {"gflops": rate, "peak_gflops": limit, "share_of_peak": rate / limit}
 
     return figures
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _spread(values: list[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / statistics.median(values)
 
 
 def _short(value: Any) -> Any:

@@ -27,9 +27,10 @@ ALLOWED = {
     "models": {"_files", "ops", "nn", "systems"},
     "data": {"_files", "ops", "nn", "models", "systems"},
     "train": {"_files", "ops", "nn", "models", "data", "systems", "_version"},
-    "methods": {"ops", "nn", "models", "data", "train", "systems"},
+    "methods": {"_files", "ops", "nn", "models", "data", "train", "systems"},
     "integrations": {"ops", "nn"},
     "diagnostics": {"_native", "_version", "ops"},
+    "smoke": {"_native"},
     "cli": {
         "_files",
         "_native",

@@ -13,7 +13,7 @@ import pytest
 from vlmkernels.cli.main import COMMANDS, build_parser
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
 NO_FIGURES = "| - | - | - |"
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -187,6 +187,55 @@ def class_vectors(
     workspace: int,
     threads: int,
 ) -> None: ...
+def topk_gradients_workspace(n: int, m: int, k: int) -> int: ...
+def topk_gradients(
+    *,
+    metric: int,
+    n: int,
+    m: int,
+    d: int,
+    k: int,
+    q: tuple[int, int, int, int],
+    x: tuple[int, int, int, int],
+    indices: int,
+    grad_score: int,
+    add: bool = False,
+    grad_q: int = 0,
+    grad_x: int = 0,
+    grad_q_bf16: int = 0,
+    grad_x_bf16: int = 0,
+    logit_scale: int = 0,
+    grad_scale: int = 0,
+    workspace: int,
+    threads: int,
+) -> None: ...
+def zero_shot_weights(
+    *,
+    n: int,
+    d: int,
+    k: int,
+    logit_scale: int,
+    probabilities: int,
+    grad_probabilities: int,
+    lse: int,
+    grad_lse: int,
+    row_lse: int,
+    grad_score: int,
+    row_weight: int,
+    no_positives: int,
+    zeros: int = 0,
+) -> None: ...
+def unit_gradients(
+    *,
+    x: tuple[int, int, int, int],
+    rows: int,
+    group: int,
+    d: int,
+    grad: int,
+    out: int,
+    out_bf16: int = 0,
+    threads: int,
+) -> None: ...
 def packed_weight_bytes(kind: int, n: int, k: int, group: int) -> int: ...
 def pack_weight(
     kind: int,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of the native module `_cuda` (csrc/bindings/cuda_module.cpp)."""
+"""Types of the native module `_cuda` (csrc/bindings/cuda_module.cpp and the families' files beside it)."""
 
 class Error(RuntimeError): ...
 class InvalidValue(ValueError): ...
@@ -16,6 +16,67 @@ class DeviceProperties:
     @property
     def shared_bytes_per_block(self) -> int: ...
 
+class AttentionCall:
+    def __init__(
+        self,
+        sizes: tuple[int, int, int, int, int, int],
+        bf16: bool,
+        causal: bool,
+        scale: float,
+        q: tuple[int, int, int, int],
+        k: tuple[int, int, int, int],
+        v: tuple[int, int, int, int],
+        out: tuple[int, int, int, int],
+        lse: int,
+    ) -> None: ...
+    def set_bias(
+        self, data: int, is_float: bool, batch_stride: int, head_stride: int, row_stride: int, col_stride: int
+    ) -> None: ...
+    def set_key_mask(self, data: int, batch_stride: int, col_stride: int) -> None: ...
+    def set_dropout(self, seed: int, drop_below: int, keep_scale: float) -> None: ...
+    def set_gradients(
+        self,
+        grad_out: tuple[int, int, int, int],
+        grad_lse: tuple[int, int, int, int],
+        grad_q: tuple[int, int, int, int],
+        grad_k: tuple[int, int, int, int],
+        grad_v: tuple[int, int, int, int],
+        row_dots: int,
+    ) -> None: ...
+    def plan(self, backward: bool, most_shared: int) -> list[tuple[int, int, int, int, int]]: ...
+
+class QuantizedLinearCall:
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        k_bytes: int,
+        codes: int,
+        row_scale: int,
+        weight: int,
+        weight_scale: int,
+        bias: tuple[int, int, int],
+        activation: int,
+        residual: tuple[int, int, int],
+        out: int,
+        out_dtype: int,
+    ) -> None: ...
+    def plan(self) -> tuple[int, int, bool]: ...
+
+def quantize_rows(
+    m: int,
+    k: int,
+    x: tuple[int, int, int],
+    input_scale: int,
+    codes: int,
+    code_stride: int,
+    scale: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def quantized_linear(call: QuantizedLinearCall, device: int, stream: int) -> None: ...
+def attention_forward(call: AttentionCall, device: int, stream: int) -> None: ...
+def attention_backward(call: AttentionCall, device: int, stream: int) -> None: ...
 def architectures() -> list[str]: ...
 def runtime_version() -> tuple[int, int]: ...
 def driver_version() -> tuple[int, int]: ...

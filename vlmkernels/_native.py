@@ -135,6 +135,15 @@ def stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
+#: Kind of device that the kernels of `_cuda` serve. Tests that emulate a device put another here.
+CUDA_DEVICE = "cuda"
+
+
+def cuda_place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Device index and stream for a kernel on a tensor: torch's current stream on the tensor's device."""
+    return tensor.get_device(), stream(tensor.device)
+
+
 def call(op: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Calls a native function; its error becomes one of the same kind that names the op.
 

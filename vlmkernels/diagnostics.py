@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import torch
 
 from vlmkernels import _native
 from vlmkernels._version import __version__
-from vlmkernels.ops import dispatch
+from vlmkernels.ops import _triton, dispatch
 
 #: Public ops that choose between backends, in the order in which the documentation has them.
 OPS = (
@@ -169,17 +168,21 @@ def _cuda_status() -> BackendStatus:
 
 def _triton_status() -> BackendStatus:
     ops = _ops_of("triton")
-    if importlib.util.find_spec("triton") is None:
-        return BackendStatus("triton", False, reason="triton is not installed", ops=ops)
+    if _triton.missing is not None:
+        return BackendStatus("triton", False, reason=_triton.missing, ops=ops)
     version = _version("triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if _triton.INTERPRETED:
         return BackendStatus("triton", True, detail=f"triton {version}, interpreted on the CPU", ops=ops)
     if not torch.cuda.is_available():
         return BackendStatus(
             "triton", False, reason=f"triton {version} is installed, but no GPU is usable", ops=ops
         )
-    names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-    return BackendStatus("triton", True, detail=f"triton {version} on {', '.join(sorted(names))}", ops=ops)
+    reasons = {index: _triton.device_reason(index) for index in range(torch.cuda.device_count())}
+    names = sorted({torch.cuda.get_device_name(index) for index, reason in reasons.items() if reason is None})
+    if not names:
+        text = "; ".join(f"device {index}: {reason}" for index, reason in reasons.items())
+        return BackendStatus("triton", False, reason=text, ops=ops)
+    return BackendStatus("triton", True, detail=f"triton {version} on {', '.join(names)}", ops=ops)
 
 
 def _version(package: str) -> str | None:

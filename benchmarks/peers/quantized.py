@@ -8,6 +8,7 @@ would take a core from whoever runs next.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +22,8 @@ TORCH_ENGINES = ("x86", "onednn", "fbgemm")
 
 
 def float_gelu(layer: nn.Linear, x: Tensor) -> Callable[[], Tensor]:
-    """Linear layer and exact GELU in x's dtype."""
-    layer = nn.Linear(layer.in_features, layer.out_features).to(x.dtype).eval().requires_grad_(False)
+    """The layer and exact GELU in x's dtype."""
+    layer = copy.deepcopy(layer).to(x.dtype).eval().requires_grad_(False)
     return lambda: F.gelu(layer(x))
 
 

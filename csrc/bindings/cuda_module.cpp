@@ -7,17 +7,18 @@
 #include <string>
 #include <vector>
 
+#include "bindings/cuda_device.h"
 #include "bindings/errors.h"
 #include "cuda/probe.h"
 
 namespace py = pybind11;
 
 namespace vk {
-namespace {
 
-void check(cudaError_t status, const char* what) {
-  VK_CHECK(status == cudaSuccess, "%s: %s (%s)", what, cudaGetErrorString(status), cudaGetErrorName(status));
-}
+void bind_cuda_attention(py::module_& m);
+void bind_cuda_quantized(py::module_& m);
+
+namespace {
 
 // 12040 as CUDA reports it becomes (12, 4).
 std::pair<int, int> split_version(int version) { return {version / 1000, version % 1000 / 10}; }
@@ -70,26 +71,6 @@ DeviceProperties device_properties(int index) {
           static_cast<int64_t>(properties.sharedMemPerBlockOptin)};
 }
 
-// Makes a device current for one call; the caller's is current again afterwards.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (device == previous_) return;
-    check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = true;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
-
 void launch_pattern(uintptr_t out, int64_t count, uint32_t seed, int device, uintptr_t stream) {
   const py::gil_scoped_release release;
   const DeviceGuard guard(device);
@@ -116,4 +97,6 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("device_properties", &vk::device_properties, py::arg("index"));
   m.def("launch_pattern", &vk::launch_pattern, py::arg("out"), py::arg("count"), py::arg("seed"), py::arg("device"),
         py::arg("stream"));
+  vk::bind_cuda_attention(m);
+  vk::bind_cuda_quantized(m);
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "cpu/topk_backward.h"
 #include "cpu/topk_search.h"
 
 namespace py = pybind11;
@@ -125,6 +126,75 @@ void class_vectors(const MatrixArgument& prompts, int64_t classes, int64_t count
   cpu::class_vectors(rows, classes, count, d, pointer<float>(out), pointer<char>(workspace), threads);
 }
 
+void topk_gradients(int metric, int64_t n, int64_t m, int64_t d, int64_t k, const MatrixArgument& q,
+                    const MatrixArgument& x, Address indices, Address grad_score, bool add, Address grad_q,
+                    Address grad_x, Address grad_q_bf16, Address grad_x_bf16, Address logit_scale, Address grad_scale,
+                    Address workspace, int threads) {
+  cpu::TopkGradients call;
+  call.metric = static_cast<cpu::Metric>(metric);
+  call.n = n;
+  call.m = m;
+  call.d = d;
+  call.k = k;
+  call.q = matrix(q);
+  call.x = matrix(x);
+  call.indices = pointer<const int64_t>(indices);
+  call.grad_score = pointer<const float>(grad_score);
+  call.add = add;
+  call.grad_q = pointer<float>(grad_q);
+  call.grad_x = pointer<float>(grad_x);
+  call.grad_q_bf16 = pointer<uint16_t>(grad_q_bf16);
+  call.grad_x_bf16 = pointer<uint16_t>(grad_x_bf16);
+  call.logit_scale = pointer<const float>(logit_scale);
+  call.grad_scale = pointer<float>(grad_scale);
+  call.workspace = pointer<char>(workspace);
+  const py::gil_scoped_release release;
+  cpu::topk_gradients(call, threads);
+}
+
+int64_t topk_gradients_workspace(int64_t n, int64_t m, int64_t k) {
+  cpu::TopkGradients call;
+  call.n = n;
+  call.m = m;
+  call.k = k;
+  return cpu::topk_gradients_workspace(call);
+}
+
+void zero_shot_weights(int64_t n, int64_t d, int64_t k, Address logit_scale, Address probabilities,
+                       Address grad_probabilities, Address lse, Address grad_lse, Address row_lse, Address grad_score,
+                       Address row_weight, Address no_positives, Address zeros) {
+  cpu::ZeroShotWeights call;
+  call.n = n;
+  call.d = d;
+  call.k = k;
+  call.logit_scale = *pointer<const float>(logit_scale);
+  call.probabilities = pointer<const float>(probabilities);
+  call.grad_probabilities = pointer<const float>(grad_probabilities);
+  call.lse = pointer<const float>(lse);
+  call.grad_lse = pointer<const float>(grad_lse);
+  call.row_lse = pointer<float>(row_lse);
+  call.grad_score = pointer<float>(grad_score);
+  call.row_weight = pointer<float>(row_weight);
+  call.no_positives = pointer<int64_t>(no_positives);
+  call.zeros = pointer<float>(zeros);
+  const py::gil_scoped_release release;
+  cpu::zero_shot_weights(call);
+}
+
+void unit_gradients(const MatrixArgument& x, int64_t rows, int64_t group, int64_t d, Address grad, Address out,
+                    Address out_bf16, int threads) {
+  cpu::UnitGradients call;
+  call.x = matrix(x);
+  call.rows = rows;
+  call.group = group;
+  call.d = d;
+  call.grad = pointer<const float>(grad);
+  call.out = pointer<float>(out);
+  call.out_bf16 = pointer<uint16_t>(out_bf16);
+  const py::gil_scoped_release release;
+  cpu::unit_gradients(call, threads);
+}
+
 }  // namespace
 
 void bind_topk(py::module_& m) {
@@ -149,6 +219,18 @@ void bind_topk(py::module_& m) {
   m.def("class_vectors_workspace", &cpu::class_vectors_workspace, py::arg("prompts"), py::arg("d"), py::arg("threads"));
   m.def("class_vectors", &class_vectors, py::arg("prompts"), py::arg("classes"), py::arg("count"), py::arg("d"),
         py::arg("out"), py::arg("workspace"), py::arg("threads"));
+  m.def("topk_gradients_workspace", &topk_gradients_workspace, py::arg("n"), py::arg("m"), py::arg("k"));
+  m.def("topk_gradients", &topk_gradients, py::kw_only(), py::arg("metric"), py::arg("n"), py::arg("m"), py::arg("d"),
+        py::arg("k"), py::arg("q"), py::arg("x"), py::arg("indices"), py::arg("grad_score"), py::arg("add") = false,
+        py::arg("grad_q") = none, py::arg("grad_x") = none, py::arg("grad_q_bf16") = none,
+        py::arg("grad_x_bf16") = none, py::arg("logit_scale") = none, py::arg("grad_scale") = none,
+        py::arg("workspace"), py::arg("threads"));
+  m.def("zero_shot_weights", &zero_shot_weights, py::kw_only(), py::arg("n"), py::arg("d"), py::arg("k"),
+        py::arg("logit_scale"), py::arg("probabilities"), py::arg("grad_probabilities"), py::arg("lse"),
+        py::arg("grad_lse"), py::arg("row_lse"), py::arg("grad_score"), py::arg("row_weight"), py::arg("no_positives"),
+        py::arg("zeros") = none);
+  m.def("unit_gradients", &unit_gradients, py::kw_only(), py::arg("x"), py::arg("rows"), py::arg("group"), py::arg("d"),
+        py::arg("grad"), py::arg("out"), py::arg("out_bf16") = none, py::arg("threads"));
 }
 
 }  // namespace vk

@@ -15,6 +15,7 @@
 
 #include "core/error.h"
 #include "core/parallel.h"
+#include "cpu/host.h"
 #include "cpu/table.h"
 
 namespace vk::cpu {
@@ -35,8 +36,6 @@ constexpr int64_t kMostBiasBytes = 64 << 20;
 constexpr int64_t kItemsPerThread = 4;   // so that the last item keeps nobody waiting for long
 constexpr int64_t kSmallPart = 1 << 17;  // multiply-adds below which another thread costs more than it brings
 
-int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t bytes_of(int64_t count) { return round_up(count * 4, 64); }
 
 struct Sequence {

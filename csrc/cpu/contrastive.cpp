@@ -15,6 +15,7 @@
 
 #include "core/error.h"
 #include "core/parallel.h"
+#include "cpu/host.h"
 #include "cpu/table.h"
 
 namespace vk::cpu {
@@ -27,14 +28,6 @@ constexpr int64_t kSmallPart = 1 << 21;       // multiply-adds below which anoth
 constexpr int64_t kRowAlign = 8;
 constexpr int64_t kColAlign = 48;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
-uint16_t round_to_bf16(float x) {
-  if (x != x) return 0x7fc0;
-  const auto bits = std::bit_cast<uint32_t>(x);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 int64_t part_scratch(const ContrastiveProblem& p, int64_t block_rows) {
   // Upper bound over the instruction sets: float32 units, widths rounded to the widest register.
@@ -91,22 +84,6 @@ PartSums run_pass(ContrastivePart kernel, const ContrastiveProblem& p, const Con
   for (const PartSums& s : sums) add(total, s);
   return total;
 }
-
-// Small arrays of one problem, taken from the workspace in front of the parts' scratch.
-class Arena {
- public:
-  explicit Arena(char* at) : at_(at) {}
-  template <class T>
-  T* take(int64_t count) {
-    auto* out = reinterpret_cast<T*>(at_);
-    at_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return out;
-  }
-  char* rest() { return at_; }
-
- private:
-  char* at_;
-};
 
 int64_t arrays_bytes(const ContrastiveProblem& p) {
   // 9 numbers of 4 bytes and one of 8 per row, 8 of 4 per column, each array rounded to a cache line.

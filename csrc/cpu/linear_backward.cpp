@@ -89,7 +89,7 @@ int64_t step_bytes(const LinearGradients& call, int threads) {
 // A product whose right operand's depth runs over the rows of `right`.
 void product_over_rows(LinearProblem& p, const Matrix& right, Arena arena, int threads) {
   const QuantizedKernels& k = kernels().quantized;
-  char* packed = arena.take(right_bytes(p));
+  char* packed = arena.take<char>(right_bytes(p));
   const int64_t parts = std::min<int64_t>(ceil_div(p.n, k.cols), 4 * threads);
   parallel_for(threads, parts, [&](int64_t part) {
     const Range cols = cut(p.n, k.cols, part, parts);
@@ -103,7 +103,7 @@ Matrix dequantized(const LinearGradients& call, Arena& arena, int threads) {
   const CanonicalWeight& w = call.weight;
   if (!is_quantized(w)) return {w.codes, w.dtype, w.row_stride, w.col_stride};
   const LinearProblem& f = call.forward.problem;
-  auto* out = arena.take_of<float>(w.n * w.k);
+  auto* out = arena.take<float>(w.n * w.k);
   parallel_for(threads, 4 * threads, [&](int64_t part) {
     const Range rows = cut(w.n, 1, part, 4 * threads);
     kernels().quantized.dequantize_rows(f.kind, w, rows.begin, rows.end, out);
@@ -115,7 +115,7 @@ Matrix x_matrix(const LinearProblem& f, Arena& arena, int threads) {
   const Rows& x = f.x;
   if (is_matrix(x, f.m)) return {x.data, x.dtype, x.row_stride, x.col_stride};
   const int64_t size = size_of(x.dtype);
-  char* out = arena.take(size * f.m * f.k);
+  char* out = arena.take<char>(size * f.m * f.k);
   parallel_for(threads, 4 * threads, [&](int64_t part) {
     const Range rows = cut(f.m, 1, part, 4 * threads);
     for (int64_t r = rows.begin; r < rows.end; ++r) {
@@ -160,9 +160,9 @@ void linear_backward(LinearGradients& call, int threads) {
   const Activation activation = f.activation;
   const int workers = threads_for(f, threads);
   if (!is_given(call)) {
-    auto* pre = has_slope(call) ? arena.take_of<float>(f.m * f.n) : nullptr;
+    auto* pre = has_slope(call) ? arena.take<float>(f.m * f.n) : nullptr;
     const Dtype dtype = gradient_dtype(call);
-    void* out = pre && !call.half ? static_cast<void*>(pre) : arena.take(size_of(dtype) * f.m * f.n);
+    void* out = pre && !call.half ? static_cast<void*>(pre) : arena.take<char>(size_of(dtype) * f.m * f.n);
     if (has_slope(call)) {
       LinearCall forward = call.forward;
       forward.problem.activation = Activation::kNone;
@@ -171,7 +171,7 @@ void linear_backward(LinearGradients& call, int threads) {
       forward.problem.out_dtype = Dtype::kF32;
       forward.problem.out_stride = f.n;
       Arena rest = arena;
-      forward.workspace = rest.take(0);
+      forward.workspace = rest.take<char>(0);
       linear_forward(forward, threads);
     }
     parallel_for(workers, 4 * workers, [&](int64_t part) {

@@ -5,31 +5,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/host.h"
 #include "cpu/quantized.h"
 
 namespace vk::cpu {
-
-inline constexpr int64_t kLine = 64;  // bytes of a cache line
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-class Arena {
- public:
-  explicit Arena(char* at) : at_(at) {}
-  char* take(int64_t bytes) {
-    char* out = at_;
-    at_ += round_up(bytes, kLine);
-    return out;
-  }
-  template <class T>
-  T* take_of(int64_t count) {
-    return reinterpret_cast<T*>(take(count * static_cast<int64_t>(sizeof(T))));
-  }
-
- private:
-  char* at_;
-};
 
 struct Range {
   int64_t begin, end;

@@ -59,7 +59,7 @@ bool few_rows(const LinearProblem& p) {
 const float* padded_bias(const LinearCall& call, Arena& arena) {
   if (!call.bias) return nullptr;
   const int64_t n = call.problem.n, padded = round_up(n, kernels().quantized.lanes);
-  auto* out = arena.take_of<float>(padded);
+  auto* out = arena.take<float>(padded);
   if (call.bias_dtype == Dtype::kF32) {
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<const float*>(call.bias)[i * call.bias_stride];
   } else {
@@ -103,11 +103,11 @@ void run_product(LinearProblem& p, Arena arena, int threads) {
   const QuantizedKernels& k = kernels().quantized;
   const Grid grid(p, threads);
   const int64_t units = k.depth_units(p), parts = grid.rows * grid.cols;
-  p.row_scale = arena.take_of<float>(round_up(p.m, k.rows));
+  p.row_scale = arena.take<float>(round_up(p.m, k.rows));
   const int64_t left_rows = grid.cols == 1 ? parts * kRowBlock : round_up(p.m, kRowBlock);
-  auto* left = arena.take_of<uint32_t>(units * left_rows);
+  auto* left = arena.take<uint32_t>(units * left_rows);
   const int64_t scratch_bytes = round_up(k.product_scratch(p), kLine);
-  char* scratch = arena.take(parts * scratch_bytes);
+  char* scratch = arena.take<char>(parts * scratch_bytes);
   if (grid.cols == 1) {
     parallel_for(threads, parts, [&](int64_t part) {
       const Range rows = cut(p.m, k.rows, part, parts);
@@ -169,12 +169,12 @@ void linear_forward(LinearCall& call, int threads) {
   Arena arena(call.workspace);
   p.bias = padded_bias(call, arena);
   if (call.weight.codes) {
-    char* packed = arena.take(k.packed_bytes(p.kind, p.n, p.k, 0));
+    char* packed = arena.take<char>(k.packed_bytes(p.kind, p.n, p.k, 0));
     pack_weight(p.kind, call.weight, packed, threads);
     p.packed = packed;
   }
   if (few_rows(p)) {
-    char* digits = arena.take(k.few_bytes(p));
+    char* digits = arena.take<char>(k.few_bytes(p));
     if (k.few_prepare(p, digits)) {
       const int64_t parts = std::min<int64_t>(threads, ceil_div(p.n, k.lanes));
       parallel_for(threads, parts, [&](int64_t part) {

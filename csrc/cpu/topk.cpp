@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/parallel.h"
+#include "cpu/host.h"
 #include "cpu/table.h"
 #include "cpu/topk_search.h"
 
@@ -24,8 +25,6 @@ constexpr int64_t kWorkspaceLimit = int64_t{48} << 20;  // of queries and candid
 constexpr int64_t kSmallPart = 96;                      // rows below which another thread costs more than it brings
 constexpr int64_t kPanelBytes = int64_t{480} << 10;     // of a packed block: it stays in the second cache
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 // How a call is cut. `wide`: the second scan, of vectors in place of codes.
 struct Plan {
@@ -69,22 +68,6 @@ Plan make_plan(const TopkCall& call, Dtype dtype, int64_t queries, int threads) 
   plan.scratch = round_up(std::max(plan.block * row_bytes, 12 * round_up(d, 16)) + round_up(d, 16) * 16 + 4096, 4096);
   return plan;
 }
-
-class Arena {
- public:
-  explicit Arena(char* at) : begin_(at), at_(at) {}
-  template <class T>
-  T* take(int64_t count) {
-    auto* out = reinterpret_cast<T*>(at_);
-    at_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return out;
-  }
-  int64_t used() const { return at_ - begin_; }
-  char* rest() const { return at_; }
-
- private:
-  char *begin_, *at_;
-};
 
 // Arrays of a chunk of queries; returns where the parts' scratch begins.
 char* lay_out(TopkScan& s, const Plan& plan, bool classify, char* workspace) {

@@ -537,9 +537,10 @@ def test_opcheck_zero_shot(small64):
         torch.library.opcheck(topk.zero_shot_op, (images, c, scale, 3, "reference"))
     saved = [x.detach() for x in (images, classes, scale)]
     grads = torch.ones(4, 3, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
-    indices = torch.ones(4, 3, dtype=torch.int64)
+    probabilities, indices, lse = vk.zero_shot(*saved, k=3)
     torch.library.opcheck(
-        topk.zero_shot_backward_op, (*grads, *saved, indices, "reference", [True, True, True])
+        topk.zero_shot_backward_op,
+        (*grads, *saved, indices, probabilities, lse, "reference", [True, True, True]),
     )
 
 

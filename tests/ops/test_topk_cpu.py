@@ -395,9 +395,15 @@ def test_a_mapped_index_larger_than_the_memory_limit(tmp_path, storage):
 ALLOCATIONS_AND_VIEWS = {
     "empty", "new_empty", "empty_like", "detach", "view", "reshape", "slice", "select", "expand", "alias",
     "_unsafe_view",
+    "unsqueeze",
 }  # fmt: skip
 
-IMPLEMENTATIONS = {topk.topk_similarity_op: topk._topk_impl, topk.zero_shot_op: topk._zero_shot_impl}
+IMPLEMENTATIONS = {
+    topk.topk_similarity_op: topk._topk_impl,
+    topk.topk_similarity_backward_op: topk._topk_backward_impl,
+    topk.zero_shot_op: topk._zero_shot_impl,
+    topk.zero_shot_backward_op: topk._zero_shot_backward_impl,
+}
 
 
 class Inside(TorchDispatchMode):
@@ -433,6 +439,27 @@ def test_a_call_issues_only_allocations_and_views(mask):
     assert set(mode.inside) <= ALLOCATIONS_AND_VIEWS
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prompts", [0, 5])
+def test_gradients_issue_only_allocations_and_views(dtype, prompts):
+    queries, database = randn(4, 16).to(dtype), randn(50, 16, seed=1).to(dtype)
+    indices = torch.randint(-1, 50, (4, 3))
+    needs = [True, True]
+    classes = database.view(10, 5, 16) if prompts else database
+    scale, lse = torch.tensor(9.0), torch.zeros(4)
+    with Inside() as mode:
+        for metric in ("dot", "cosine", "l2"):
+            topk.topk_similarity_backward_op(
+                torch.ones(4, 3), queries, database, indices, metric, "cpu", needs
+            )
+        topk.zero_shot_backward_op(
+            torch.ones(4, 3), lse, queries, classes, scale, indices.clamp(0, 9), torch.ones(4, 3), lse, "cpu",
+            [True, *needs],
+        )  # fmt: skip
+    assert len(mode.ours) == 4 and mode.inside
+    assert set(mode.inside) <= ALLOCATIONS_AND_VIEWS
+
+
 @each_metric
 def test_opcheck_of_the_kernels(metric):
     queries, database = randn(4, 6).requires_grad_(), randn(9, 6, seed=1).requires_grad_()
@@ -452,6 +479,100 @@ def test_other_dtypes_are_refused_by_name_only(dtype):
 def test_zero_shot_refuses_a_scale_of_another_dtype():
     with pytest.raises(NotImplementedError, match="logit_scale must be float32 on the cpu"):
         vk.zero_shot(randn(2, 4), randn(9, 4), torch.tensor(1.0, dtype=torch.float64), backend="cpu")
+
+
+# Gradients, against the reference in float64: float32 rounds logits of up to `scale`, and nothing else matters.
+
+
+def gradients(function, inputs, dtype):
+    leaves = [x.detach().to(dtype if x.ndim else torch.promote_types(dtype, torch.float32)) for x in inputs]
+    leaves = [x.requires_grad_() for x in leaves]
+    return torch.autograd.grad(function(*leaves), leaves)
+
+
+def assert_gradients(ours, exact, rtol):
+    for mine, wanted in zip(ours, exact, strict=True):
+        error = (mine.double() - wanted).abs().max()
+        assert error <= rtol * wanted.abs().max() + 1e-30, (error, wanted.abs().max())
+
+
+@each_metric
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 3e-7), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_gradients_of_scores(metric, dtype, rtol, strided):
+    """Rows that many queries hit, rows that none hits, queries with fewer than k rows, and a zero vector."""
+    queries, database = randn(37, 24).to(dtype), randn(40, 24, seed=1).to(dtype)
+    database[5], queries[3] = 0.0, 0.0
+    if strided:
+        queries, database = queries.mT.contiguous().mT, database.repeat(1, 2)[:, ::2]
+    mask = torch.rand(37, 40, generator=torch.Generator().manual_seed(2)) < 0.3
+    mask[7] = False
+    weight = torch.randn(37, 9, generator=torch.Generator().manual_seed(3))
+
+    def loss(backend):
+        def total(q, x):
+            scores, indices = vk.topk_similarity(q, x, 9, metric=metric, mask=mask, backend=backend)
+            return (scores * weight.to(scores.dtype)).masked_fill(indices < 0, 0.0).sum()
+
+        return total
+
+    exact = gradients(loss("reference"), (queries, database), torch.float64)
+    ours = gradients(loss("cpu"), (queries, database), dtype)
+    assert all(g.dtype == dtype and g.is_contiguous() for g in ours)
+    for mine, wanted in zip(ours, exact, strict=True):  # a zero vector's own gradient is of another size
+        large = wanted.abs().amax(-1) > 1e6
+        assert_gradients([mine[large]], [wanted[large]], rtol) if large.any() else None
+        assert_gradients([mine[~large]], [wanted[~large]], rtol)
+
+
+@pytest.mark.parametrize("prompts", [0, 1, 6])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
+def test_gradients_of_zero_shot(dtype, rtol, prompts, needs):
+    images = randn(19, 40).to(dtype)
+    classes = (randn(300, prompts, 40, seed=1) if prompts else randn(300, 40, seed=1)).to(dtype)
+    inputs = (images, classes, torch.tensor(30.0))
+    weights = [torch.randn(s, generator=torch.Generator().manual_seed(4)) for s in ((19, 7), (19,))]
+
+    def loss(backend):
+        def total(*given):
+            given = [x if need else x.detach() for x, need in zip(given, needs, strict=True)]
+            probabilities, _, lse = vk.zero_shot(*given, k=7, backend=backend)
+            return sum((x * w.to(x.dtype)).sum() for x, w in zip((probabilities, lse), weights, strict=True))
+
+        return total
+
+    def wanted(backend, dtype):
+        leaves = [x.to(dtype if x.ndim else torch.promote_types(dtype, torch.float32)) for x in inputs]
+        leaves = [x.requires_grad_(need) for x, need in zip(leaves, needs, strict=True)]
+        return torch.autograd.grad(loss(backend)(*leaves), [x for x in leaves if x.requires_grad])
+
+    assert_gradients(wanted("cpu", dtype), wanted("reference", torch.float64), rtol)
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads():
+    queries, database = randn(300, 64), randn(900, 64, seed=1)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(
+            gradients(lambda q, x: vk.topk_similarity(q, x, 20, backend="cpu")[0].square().sum(),
+                      (queries, database), torch.float32)
+        )  # fmt: skip
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_zero_shot_gradient_keeps_no_logits():
+    """20,000 images against 20,000 classes: their logits would take 1.6 GB, the two gradients take 10 MB."""
+    import resource
+
+    images, classes = randn(20_000, 64).requires_grad_(), randn(20_000, 64, seed=1).requires_grad_()
+    probabilities, _, lse = vk.zero_shot(images, classes, 10.0, backend="cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (probabilities.sum() + lse.sum()).backward()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+    assert images.grad.isfinite().all() and classes.grad.isfinite().all()
 
 
 # Zero-shot classification.

@@ -59,21 +59,34 @@ def test_steps_repeat(corpus: EmojiCorpus) -> None:
         assert one.texts == two.texts
 
 
-def together(ranks: list[EmojiCorpus] | list[PairCorpus], step: int, views: int) -> Batch:
+def together(ranks: list[EmojiCorpus] | list[PairCorpus], step: int, views: int, **options: bool) -> Batch:
     """The batch of all processes, in the order of the one-process batch."""
-    batches = [rank.batch(step) for rank in ranks]
-    images = [torch.cat(parts) for parts in zip(*(b.images.chunk(views) for b in batches), strict=True)]
-    labels = [torch.cat(parts) for parts in zip(*(b.image_labels.chunk(views) for b in batches), strict=True)]
-    texts = [text for b in batches for text in b.texts]
-    return Batch(torch.cat(images), texts, torch.cat(labels), torch.cat([b.text_labels for b in batches]))
+    batches = [rank.batch(step, **options) for rank in ranks]
+
+    def joined(name: str) -> torch.Tensor:
+        parts = zip(*(getattr(b, name).chunk(views) for b in batches), strict=True)
+        return torch.cat([x for view in parts for x in view])
+
+    return Batch(
+        joined("images"),
+        [text for b in batches for text in b.texts],
+        joined("image_labels"),
+        torch.cat([b.text_labels for b in batches]),
+        [concept for b in batches for concept in b.concepts],
+        [words for b in batches for words in b.keywords],
+        torch.cat([b.source for b in batches]),
+        joined("second") if options.get("second_view") else None,
+    )
 
 
 def assert_same_batch(got: Batch, wanted: Batch) -> None:
-    assert got.texts == wanted.texts
-    assert torch.equal(got.text_labels, wanted.text_labels)
-    assert torch.equal(got.image_labels, wanted.image_labels)
+    assert (got.texts, got.concepts, got.keywords) == (wanted.texts, wanted.concepts, wanted.keywords)
+    for name in ("text_labels", "image_labels", "source"):
+        assert torch.equal(getattr(got, name), getattr(wanted, name)), name
     # Batched matrix products round differently for another number of pictures: coordinates move by an ulp of 16 pixels.
     torch.testing.assert_close(got.images, wanted.images, rtol=0, atol=1e-4)
+    if wanted.second is not None:
+        torch.testing.assert_close(got.second, wanted.second, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -83,8 +96,12 @@ def test_processes_share_the_batch_of_one(views: int) -> None:
         ranks = [copy.copy(one) for _ in range(processes)]  # opening the pictures takes a second
         for rank, corpus in enumerate(ranks):
             corpus._epochs = _Epochs(len(one.concepts), 50, 0, rank, processes)
-        for step in (0, one.steps_per_epoch + 1):
-            assert_same_batch(together(ranks, step, views), one.batch(step))
+        for step, options in (
+            (0, {}),
+            (one.steps_per_epoch + 1, {"second_view": True}),
+            (1, {"single_source": True}),
+        ):
+            assert_same_batch(together(ranks, step, views, **options), one.batch(step, **options))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

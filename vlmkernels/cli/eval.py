@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate a model: retrieval and zero-shot classification on the bundled emoji, or retrieval on pairs of your own."""
+"""Evaluate a model: retrieval and zero-shot classification on the bundled emoji, or retrieval on pairs of "
+"your own."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show versions, processor, threads, CUDA, which backends are available and why the others are not, and the models."""
+"""Show versions, processor, threads, CUDA, which backends are available and why the others are not, and the "
+"models."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entry point: the parser of all subcommands, configuration files, and errors as one sentence with exit code 2."""
+"""The entry point: the parser of all subcommands, configuration files, and errors as one sentence with exit "
+"code 2."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     before = _features(encoder)
     float_bytes = _bytes(encoder.model)
     quantize_(encoder.model, args.scheme, group_size=args.group_size)
-    report: QuantizationReport = encoder.model.quantization_report  # type: ignore[assignment]
+    report: QuantizationReport = encoder.model.quantization_report
     if not report.converted:
         raise ValueError(f"quantize: no layer of {args.model} can be stored as {args.scheme}: {report}")
     agreement = [(a * b).sum(1) for a, b in zip(before, _features(encoder), strict=True)]

@@ -139,7 +139,8 @@ def _observer() -> Observer:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C or TERM ends the run after the step at hand, with a checkpoint; a second one ends it at once."""
+    """The first Ctrl-C or TERM ends the run after the step at hand, with a checkpoint; a second one ends it "
+    "at once."""
     asked: list[int] = []
 
     def note(number: int, _: Any) -> None:

@@ -1,19 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of models: names, builders, and where the weights that ship with the package lie."""
+"""The registries of models (names and builders) and of architectures (classes by which saved folders are read)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["create", "list_models", "pretrained_dir", "register_model"]
+from vlmkernels.models._config import ModelConfig
+
+__all__ = [
+    "Architecture",
+    "architecture",
+    "architecture_of",
+    "create",
+    "list_models",
+    "pretrained_dir",
+    "register_architecture",
+    "register_model",
+]
 
 _Builder = TypeVar("_Builder", bound=Callable[..., nn.Module])
 _MODELS: dict[str, tuple[str, Callable[..., nn.Module]]] = {}
+_ARCHITECTURES: dict[str, Architecture] = {}
 _WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A class of models, of which saved folders hold the name.
+
+    Attributes:
+        name: As it stands in config.json.
+        model: Called as `model(config)`.
+        config: Class of its configuration.
+    """
+
+    name: str
+    model: Callable[..., nn.Module]
+    config: type[ModelConfig]
+
+
+def register_architecture(name: str, model: Callable[..., nn.Module], config: type[ModelConfig]) -> None:
+    """Enters a class of models, so that `save_pretrained` and `load_checkpoint` know it.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    known = _ARCHITECTURES.get(name)
+    # The same definition registers again when its module is reloaded.
+    if known is not None and known.model.__module__ != model.__module__:
+        raise ValueError(f"register_architecture: {name!r} is already registered by {known.model.__module__}")
+    _ARCHITECTURES[name] = Architecture(name, model, config)
+
+
+def architecture(name: str) -> Architecture:
+    """Returns an architecture by the name in config.json.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in _ARCHITECTURES:
+        raise ValueError(
+            f"load_checkpoint: architecture must be one of {sorted(_ARCHITECTURES)}, got {name!r}"
+        )
+    return _ARCHITECTURES[name]
+
+
+def architecture_of(model: nn.Module) -> Architecture | None:
+    """Returns the architecture that a model is of; None where its class is not registered."""
+    # By the configuration: one class may serve several architectures (a CLIP with another image tower).
+    config = getattr(model, "config", None)
+    return next((a for a in _ARCHITECTURES.values() if a.config is type(config)), None)
 
 
 def _key(name: str) -> str:

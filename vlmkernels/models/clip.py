@@ -20,14 +20,16 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmkernels.models._registry import register_model
+from vlmkernels.models._config import ModelConfig
+from vlmkernels.models._registry import register_architecture, register_model
+from vlmkernels.models.training import Trainable
 from vlmkernels.nn.attention import AttentionPool2d, MultiheadSelfAttention
 from vlmkernels.nn.losses import SigLipLoss
 from vlmkernels.nn.transformer import MLP, LayerNorm, Transformer
@@ -51,7 +53,7 @@ _HEAD_WIDTH = 64
 _MAX_LOG_SCALE = math.log(100.0)
 
 
-def _default_heads(owner: str, width: int) -> int:
+def default_heads(owner: str, width: int) -> int:
     if width % _HEAD_WIDTH:
         raise ValueError(
             f"{owner}: heads must be given where width is no multiple of {_HEAD_WIDTH}, got width {width}"
@@ -132,6 +134,17 @@ class VisionConfig:
         """Side of the grid of patches, or of the ResNet's last feature map."""
         return self.image_size // (32 if self.is_resnet else self.patch_size)
 
+    def build(self, embed_dim: int, **block: Any) -> nn.Module:
+        """Builds the tower `[B, 3, S, S] -> [B, embed_dim]`; other towers' configurations bring a `build` too.
+
+        Args:
+            embed_dim: Width of the output.
+            **block: Passed to every transformer block (act, and the classes of attention, norm and MLP).
+        """
+        if self.is_resnet:
+            return ModifiedResNet(self, embed_dim)
+        return VisionTransformer(self, embed_dim, **block)
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -159,7 +172,7 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class CLIPConfig:
+class CLIPConfig(ModelConfig):
     """A whole CLIP.
 
     Attributes:
@@ -179,39 +192,6 @@ class CLIPConfig:
     init_logit_scale: float = math.log(1 / 0.07)
     init_logit_bias: float | None = None
     name: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns nested plain dicts, fit for JSON and for `from_dict`."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CLIPConfig:
-        """Builds a configuration from nested dicts; fields that are missing take their defaults.
-
-        Raises:
-            ValueError: If a field is unknown.
-        """
-        return cls().override(**values)
-
-    def override(self, **values: Any) -> CLIPConfig:
-        """Returns a copy with fields replaced; a dict for `vision` or `text` replaces single fields of it.
-
-        Raises:
-            ValueError: If a field is unknown.
-        """
-        return _override(self, values)
-
-
-def _override(config: Any, values: dict[str, Any]) -> Any:
-    known = {f.name for f in fields(config)}
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{type(config).__name__}: expected fields among {sorted(known)}, got {name!r}")
-    changes = dict(values)
-    for name in ("vision", "text"):
-        if isinstance(changes.get(name), dict):
-            changes[name] = _override(getattr(config, name), changes[name])
-    return replace(config, **changes)
 
 
 class Bottleneck(nn.Module):
@@ -273,7 +253,7 @@ class ModifiedResNet(nn.Module):
                 in_width = stage_width * Bottleneck.expansion
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        heads = config.heads or _default_heads("VisionConfig", in_width)
+        heads = config.heads or default_heads("VisionConfig", in_width)
         self.attnpool = AttentionPool2d(config.grid, in_width, heads, embed_dim)
         for module in self.modules():
             if isinstance(module, Bottleneck):
@@ -354,7 +334,7 @@ class VisionTransformer(nn.Module):
         self.transformer = Transformer(
             width,
             config.layers,  # type: ignore[arg-type]
-            config.heads or _default_heads("VisionConfig", width),
+            config.heads or default_heads("VisionConfig", width),
             mlp_width=config.mlp_width,
             dropout=config.dropout,
             drop_path=config.drop_path,
@@ -369,9 +349,24 @@ class VisionTransformer(nn.Module):
         kept = torch.rand(patches.shape[:2], device=patches.device).topk(keep, dim=1).indices
         return patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
 
-    def forward_tokens(self, x: Tensor) -> Tensor:
-        """Returns the last block's tokens `[B, N, D]`: the class token, if there is one, then the patches."""
+    def forward_tokens(
+        self, x: Tensor, *, masked: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tensor:
+        """Returns the last block's tokens: the class token, if there is one, then the patches.
+
+        Args:
+            x: Images `[B, 3, S, S]`.
+            masked: Bool `[B, N]`, patches whose embedding `mask_token` replaces before positions are added.
+            mask_token: `[D]`.
+
+        Returns:
+            `[B, N or N + 1, D]`.
+        """
         x = self.conv1(x).flatten(2).transpose(1, 2)
+        if masked is not None:
+            if mask_token is None:
+                raise ValueError("VisionTransformer.forward_tokens: masked needs a mask_token")
+            x = torch.where(masked.unsqueeze(-1), mask_token.to(x.dtype), x)
         has_class = self.class_embedding is not None
         # Under autocast the convolution gives half precision; the sum promotes, so the residual stream is
         # float32.
@@ -401,7 +396,7 @@ class TextTransformer(Transformer):
         super().__init__(
             config.width,
             config.layers,
-            config.heads or _default_heads("TextConfig", config.width),
+            config.heads or default_heads("TextConfig", config.width),
             mlp_width=config.mlp_width,
             dropout=config.dropout,
             drop_path=config.drop_path,
@@ -410,20 +405,22 @@ class TextTransformer(Transformer):
         )
         for block_ in self.resblocks:
             if isinstance(block_.attn, MultiheadSelfAttention) and isinstance(block_.mlp, MLP):
-                _init_text_block(block_.attn, block_.mlp, config)
+                init_text_block(block_.attn, block_.mlp, config)
 
 
-def _init_text_block(attention: MultiheadSelfAttention, mlp: MLP, config: TextConfig) -> None:
+def init_text_block(attention: Any, mlp: Any, config: TextConfig) -> None:
     """OpenAI's scheme: outputs into the residual stream shrink with depth; biases stay as torch sets them."""
     attention_std = config.width**-0.5
     residual_std = attention_std * (2 * config.layers) ** -0.5
-    nn.init.normal_(attention.in_proj_weight, std=attention_std)
+    for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        if getattr(attention, name, None) is not None:
+            nn.init.normal_(getattr(attention, name), std=attention_std)
     nn.init.normal_(attention.out_proj.weight, std=residual_std)
     nn.init.normal_(mlp.c_fc.weight, std=(2 * config.width) ** -0.5)
     nn.init.normal_(mlp.c_proj.weight, std=residual_std)
 
 
-class CLIP(nn.Module):
+class CLIP(Trainable, nn.Module):
     """Image tower, text tower and the scale of their similarities.
 
     Args:
@@ -463,10 +460,7 @@ class CLIP(nn.Module):
             "norm_layer": norm_layer,
             "mlp_layer": mlp_layer,
         }
-        if config.vision.is_resnet:
-            self.visual: nn.Module = ModifiedResNet(config.vision, config.embed_dim)
-        else:
-            self.visual = VisionTransformer(config.vision, config.embed_dim, **block)
+        self.visual = config.vision.build(config.embed_dim, **block)
         self.transformer = TextTransformer(text, **block)
         self.token_embedding = nn.Embedding(text.vocab_size, text.width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(text.context_length, text.width))
@@ -507,18 +501,9 @@ class CLIP(nn.Module):
             ValueError: If the shape is not `[B, 3, S, S]`.
             TypeError: If images are not floating point.
         """
-        size = self.config.vision.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-            raise ValueError(
-                f"CLIP.encode_image: images must be [B, 3, {size}, {size}], got {list(images.shape)}"
-            )
-        if not images.is_floating_point():
-            raise TypeError(
-                "CLIP.encode_image: images must be floating point and normalised "
-                f"(vk.data.transform_for(model)), got {images.dtype}"
-            )
+        check_images("CLIP", images, self.config.vision.image_size)
         features = self.visual(images.to(self.positional_embedding.dtype))
-        return _normalize(features) if normalize else features
+        return normalize_features(features) if normalize else features
 
     def encode_text(self, ids: Tensor, normalize: bool = False) -> Tensor:  # [B, L]
         """Encodes token ids; the feature is read at the first occurrence of the largest id, the end token.
@@ -534,13 +519,7 @@ class CLIP(nn.Module):
             ValueError: If the shape is not `[B, L]` with a fitting L.
             TypeError: If ids are not integers.
         """
-        limit = self.config.text.context_length
-        if ids.ndim != 2 or not 1 <= ids.shape[1] <= limit:
-            raise ValueError(
-                f"CLIP.encode_text: ids must be [B, L] with L from 1 to {limit}, got {list(ids.shape)}"
-            )
-        if ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"CLIP.encode_text: ids must be int32 or int64, got {ids.dtype}")
+        check_ids("CLIP", ids, self.config.text.context_length)
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         x = self.transformer(x)
         # argmax gives the first of equal maxima, so ids padded with the end token (transformers) work as
@@ -549,7 +528,7 @@ class CLIP(nn.Module):
         x = x[torch.arange(x.shape[0], device=x.device), end]
         # The norm is per token, so it may follow the selection.
         features = self.ln_final(x) @ self.text_projection
-        return _normalize(features) if normalize else features
+        return normalize_features(features) if normalize else features
 
     def forward(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Encodes pairs for a loss: `ClipLoss()(**model(images, ids))`.
@@ -568,10 +547,9 @@ class CLIP(nn.Module):
             out["logit_bias"] = self.logit_bias.float() if half else self.logit_bias
         return out
 
-    @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Clamps `logit_scale` to [0, ln 100] in place; the paper does so after each optimiser step."""
-        self.logit_scale.clamp_(0.0, _MAX_LOG_SCALE)
+        clamp_log_scale_(self.logit_scale)
 
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Recomputes each transformer block in the backward pass instead of keeping its activations."""
@@ -580,7 +558,37 @@ class CLIP(nn.Module):
                 module.gradient_checkpointing = enabled
 
 
-def _normalize(x: Tensor) -> Tensor:
+def check_images(owner: str, images: Tensor, size: int) -> None:
+    """Raises ValueError or TypeError unless images are floating `[B, 3, size, size]`."""
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+        raise ValueError(
+            f"{owner}.encode_image: images must be [B, 3, {size}, {size}], got {list(images.shape)}"
+        )
+    if not images.is_floating_point():
+        raise TypeError(
+            f"{owner}.encode_image: images must be floating point and normalised "
+            f"(vk.data.transform_for(model)), got {images.dtype}"
+        )
+
+
+def check_ids(owner: str, ids: Tensor, limit: int) -> None:
+    """Raises ValueError or TypeError unless ids are integers `[B, L]` with L from 1 to limit."""
+    if ids.ndim != 2 or not 1 <= ids.shape[1] <= limit:
+        raise ValueError(
+            f"{owner}.encode_text: ids must be [B, L] with L from 1 to {limit}, got {list(ids.shape)}"
+        )
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{owner}.encode_text: ids must be int32 or int64, got {ids.dtype}")
+
+
+@torch.no_grad()
+def clamp_log_scale_(logit_scale: Tensor) -> None:
+    """Clamps a logit scale in log to [0, ln 100] in place."""
+    logit_scale.clamp_(0.0, _MAX_LOG_SCALE)
+
+
+def normalize_features(x: Tensor) -> Tensor:
+    """Scales vectors `[..., E]` to length 1."""
     # The sum of squares needs float32 where the features are half precision.
     if x.dtype in (torch.float16, torch.bfloat16):
         return F.normalize(x.float(), dim=-1).to(x.dtype)
@@ -644,6 +652,8 @@ def _register(name: str) -> None:
 
 for _name in CONFIGS:
     _register(_name)
+
+register_architecture("CLIP", CLIP, CLIPConfig)
 
 register_system(
     "CLIP",

@@ -15,14 +15,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmkernels._files import write_atomically, write_text_atomically
+from vlmkernels.models._config import ModelConfig
+from vlmkernels.models._formats import FORMATS, find_format
 from vlmkernels.models._layouts import EXTRAS, convert_state_dict, layer_indices, strip_wrappers, to_openai
+from vlmkernels.models._registry import Architecture, architecture, architecture_of
 from vlmkernels.models._torchscript import is_torchscript, read_torchscript
-from vlmkernels.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from vlmkernels.models.clip import CLIPConfig, TextConfig, VisionConfig
 
-__all__ = ["infer_config", "load_checkpoint", "load_state_dict_file", "save_pretrained"]
+__all__ = [
+    "export_state_dict",
+    "infer_config",
+    "load_checkpoint",
+    "load_state_dict_file",
+    "save_checkpoint",
+    "save_pretrained",
+]
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = "vlmkernels"
@@ -106,51 +116,102 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
-) -> CLIP:
-    """Loads a CLIP from a file or a folder, in eval mode.
+) -> Any:
+    """Loads a model from a file or a folder, in eval mode.
 
-    Recognised: our folders; OpenAI's archives (TorchScript) and state dicts; open_clip files and folders,
-        custom text
-    layout and training checkpoints included; transformers `CLIPModel` folders and files. Containers:
-    safetensors (also sharded), pickles that hold nothing but tensors, TorchScript archives (only their
+    Recognised are our own folders, of any architecture, and these layouts, as files or folders:
+
+    * OpenAI: CLIP's archives (TorchScript) and state dicts.
+    * open_clip: CLIP with any of its towers of `CONFIGS`, custom text layout and training checkpoints included; CoCa;
+      ViTamin; SigLIP.
+    * transformers: `CLIPModel`, `SiglipModel`, `AlignModel`.
+
+    Containers: safetensors (also sharded), pickles that hold nothing but tensors, TorchScript archives (only their
     tensors are read; their code is neither loaded nor run).
 
     The activation is not part of the weights. It is taken from the configuration beside them (ours,
     open_clip's, transformers'); OpenAI's archives mean "quick_gelu". Where nothing says, "gelu" is assumed
-    and logged as a warning: pass `act="quick_gelu"` for weights that descend from OpenAI's.
+    and for CLIP logged as a warning: pass `act="quick_gelu"` for weights that descend from OpenAI's.
 
     Args:
         path: File or folder.
         device: Where to put the model.
         dtype: Dtype of the weights, whatever the file holds.
-        **overrides: Fields of `CLIPConfig`, as in `create`. Another `vision={"image_size": ...}` resizes the
-            position embeddings (bicubic, antialiased); a smaller `text={"context_length": ...}` cuts the
-            text's.
+        **overrides: Fields of the model's configuration, as in `create`. Another `vision={"image_size": ...}` resizes
+            the position embeddings (bicubic, antialiased, as open_clip does); a smaller
+            `text={"context_length": ...}` cuts the text's.
 
     Returns:
         The model in eval mode, with `tokenizer_state` set where a tokenizer.json lies beside the weights.
 
     Raises:
         FileNotFoundError: If the path, or weights in the folder, do not exist.
-        ValueError: If the file is no CLIP checkpoint, holds code, or does not fit its configuration.
+        ValueError: If the layout is not recognised, the file holds code, or the weights do not fit their configuration;
+            the message names what is missing and what is unexpected.
     """
     path = Path(path)
     state_dict, metadata = load_state_dict_file(path)
-    state_dict = strip_wrappers(state_dict)
     folder = path if path.is_dir() else path.parent if path.name in _WEIGHT_FILES else None
-    config = _read_config(path, folder, metadata, state_dict, act=overrides.get("act")).override(**overrides)
-    openai = _fit_shapes(to_openai(state_dict), config)
+    kind, config, state_dict = _recognise(path, folder, metadata, strip_wrappers(state_dict), overrides)
     with torch.device("meta"):
-        model = CLIP(config)
-    _check_names(path, model.state_dict(), openai)
-    openai = {
+        model: Any = kind.model(config)
+    state_dict = _fit_shapes(state_dict, model.state_dict())
+    _check_names(path, model.state_dict(), state_dict)
+    if any(value.is_meta for name, value in model.named_buffers() if name not in state_dict):
+        model = kind.model(config)  # what is computed and not saved needs memory
+    state_dict = {
         name: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
-        for name, value in openai.items()
+        for name, value in state_dict.items()
     }
-    model.load_state_dict(openai, strict=True, assign=True)
+    model.load_state_dict(state_dict, strict=True, assign=True)
     if folder is not None:
         model.tokenizer_state = _read_json(folder / "tokenizer.json")
     return model.eval()
+
+
+def _recognise(
+    path: Path,
+    folder: Path | None,
+    metadata: dict[str, str],
+    state_dict: dict[str, Tensor],
+    overrides: dict[str, Any],
+) -> tuple[Architecture, ModelConfig, dict[str, Tensor]]:
+    """Finds out what a checkpoint is: its architecture, its configuration, and its tensors under our names."""
+    own = _own_config(folder, metadata)
+    if own is not None:
+        kind, config = own
+        return kind, config.override(**overrides), state_dict
+    layout = find_format(state_dict)
+    if layout is None:
+        clip = _read_config(path, folder, state_dict, act=overrides.get("act")).override(**overrides)
+        openai = to_openai(state_dict)
+        if clip.init_logit_bias is None:
+            openai.pop("logit_bias", None)
+        return architecture("CLIP"), clip, openai
+    ours, unknown = layout.read(state_dict)
+    try:
+        config = layout.infer(ours, _beside(folder), overrides.get("act"))
+    except KeyError as error:
+        raise ValueError(
+            f"load_checkpoint: {path} looks like a {layout.architecture} of {layout.layout}, but {error} is missing "
+            f"(unexpected: {unknown[:5]})"
+        ) from error
+    if unknown:
+        raise ValueError(
+            f"load_checkpoint: {path} does not fit a {layout.architecture} of {layout.layout}: "
+            f"unexpected {unknown[:5]}"
+        )
+    return architecture(layout.architecture), config.override(**overrides), ours
+
+
+def _beside(folder: Path | None) -> dict[str, Any]:
+    """The configuration that open_clip or transformers put beside the weights."""
+    if folder is None:
+        return {}
+    open_clip = _read_json(folder / "open_clip_config.json")
+    if open_clip is not None:
+        return open_clip["model_cfg"]
+    return _read_json(folder / "config.json") or {}
 
 
 def _check_names(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
@@ -173,31 +234,37 @@ def _check_names(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]
             )
 
 
-def _fit_shapes(openai: dict[str, Tensor], config: CLIPConfig) -> dict[str, Tensor]:
-    """Resizes the image positions, cuts the text positions, and makes scalars 0-d."""
-    out = dict(openai)
-    for name in ("logit_scale", "logit_bias"):
-        if name in out and out[name].numel() == 1:
-            out[name] = out[name].reshape(())
-    if config.init_logit_bias is None:
-        out.pop("logit_bias", None)
-    name = (
-        "visual.attnpool.positional_embedding" if config.vision.is_resnet else "visual.positional_embedding"
-    )
-    has_class = config.vision.is_resnet or config.vision.pool == "class"
-    if name in out:
-        out[name] = _resize_positions(out[name], config.vision.grid, has_class)
-    text = out["positional_embedding"]
-    if text.shape[0] > config.text.context_length:
-        out["positional_embedding"] = text[: config.text.context_length].clone()
+def _fit_shapes(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Resizes the image positions, cuts the text positions, and makes scalars 0-d, where the model wants it so."""
+    out = dict(state)
+    for name, value in state.items():
+        target = wanted[name].shape if name in wanted else value.shape
+        if target == value.shape:
+            continue
+        if value.numel() == 1 and not target:
+            out[name] = value.reshape(())
+        elif name.endswith("positional_embedding") and value.ndim == 2 and value.shape[1] == target[1]:
+            if name.startswith("visual."):
+                out[name] = _resize_positions(value, target[0])
+            elif value.shape[0] > target[0]:
+                # CoCa's last position is the class token's, wherever the text ends.
+                last = (
+                    value[-1:]
+                    if name == "text.positional_embedding" and "text.cls_emb" in state
+                    else value[:0]
+                )
+                out[name] = torch.cat([value[: target[0] - len(last)], last])
     return out
 
 
-def _resize_positions(positions: Tensor, grid: int, has_class: bool) -> Tensor:
-    first, patches = positions[:has_class], positions[has_class:]
-    old = math.isqrt(patches.shape[0])
-    if old == grid or old * old != patches.shape[0]:
+def _resize_positions(positions: Tensor, wanted: int) -> Tensor:
+    """Resizes a square grid of positions; a first row that is no square's is the class token's and stays."""
+    count = positions.shape[0]
+    has_class = int(math.isqrt(count) ** 2 != count)
+    old, grid = math.isqrt(count - has_class), math.isqrt(wanted - has_class)
+    if old**2 != count - has_class or grid**2 != wanted - has_class:
         return positions
+    first, patches = positions[:has_class], positions[has_class:]
     image = patches.float().t().reshape(1, -1, old, old)
     image = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([first, image.flatten(2)[0].t().to(positions.dtype)])
@@ -215,15 +282,24 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def _own_config(folder: Path | None, metadata: dict[str, str]) -> tuple[Architecture, ModelConfig] | None:
+    """Architecture and configuration of what `save_pretrained` wrote: beside the weights, or in their header."""
+    content = (_read_json(folder / "config.json") if folder else None) or {}
+    if content.get("format") != _FORMAT:
+        if "vlmkernels_config" not in metadata:
+            return None
+        content = json.loads(metadata["vlmkernels_config"])
+        if "architecture" not in content:
+            content = {"config": content}
+    kind = architecture(content.get("architecture", "CLIP"))
+    return kind, kind.config.from_dict(content["config"])
+
+
 def _read_config(
-    path: Path, folder: Path | None, metadata: dict[str, str], state_dict: dict[str, Tensor], act: str | None
+    path: Path, folder: Path | None, state_dict: dict[str, Tensor], act: str | None
 ) -> CLIPConfig:
-    """Finds the configuration: ours, open_clip's or transformers' beside the weights, or the weights."""
+    """Finds the configuration: open_clip's or transformers' beside the weights, or the weights."""
     beside = (_read_json(folder / "config.json") if folder else None) or {}
-    if beside.get("format") == _FORMAT:
-        return CLIPConfig.from_dict(beside["config"])
-    if "vlmkernels_config" in metadata:
-        return CLIPConfig.from_dict(json.loads(metadata["vlmkernels_config"]))
     open_clip = _read_json(folder / "open_clip_config.json") if folder else None
     if open_clip is not None:
         return _open_clip_config(open_clip["model_cfg"], state_dict)
@@ -354,8 +430,57 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return state_dict
 
 
+def save_checkpoint(
+    model: nn.Module, path: str | os.PathLike[str], *, layout: str, dtype: torch.dtype | None = None
+) -> Path:
+    """Saves the weights under the names of another program, as one safetensors file, replaced atomically.
+
+    Args:
+        model: A CLIP, CoCa, ViTamin, SigLIP or ALIGN.
+        path: The file.
+        layout: For a CLIP "openai", "open_clip", "open_clip_custom" or "transformers"; otherwise "open_clip" or
+            "transformers", whichever has the architecture.
+        dtype: Dtype of the stored floating tensors; None = as they are.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the layout does not hold this architecture or this configuration.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: value.detach().to(
+            device="cpu", dtype=dtype if dtype and value.is_floating_point() else value.dtype
+        )
+        for name, value in export_state_dict(model, layout).items()
+    }
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    path = Path(path)
+    write_atomically(path, lambda place: save_file(tensors, place, metadata={"format": "pt"}))
+    return path
+
+
+def export_state_dict(model: nn.Module, layout: str) -> dict[str, Tensor]:
+    """Returns a model's weights under the names of another program; see `save_checkpoint`."""
+    kind = architecture_of(model)
+    if kind is not None and kind.name == "CLIP":
+        return convert_state_dict(model.state_dict(), to=layout)
+    formats = {f.layout: f for f in FORMATS if kind is not None and f.architecture == kind.name}
+    if layout not in formats:
+        name = type(model).__name__ if kind is None else kind.name
+        raise ValueError(
+            f"save_checkpoint: layout of a {name} must be one of {sorted(formats)}, got {layout!r}"
+        )
+    try:
+        return formats[layout].write(model.state_dict())
+    except ValueError as error:
+        raise ValueError(f"save_checkpoint: {error}") from error
+
+
 def save_pretrained(
-    model: CLIP,
+    model: nn.Module,
     folder: str | os.PathLike[str],
     tokenizer: Any = None,
     *,
@@ -373,11 +498,14 @@ def save_pretrained(
         The folder.
 
     Raises:
-        TypeError: If the model has no `config` to save.
+        TypeError: If the model is of no registered architecture.
     """
-    config = getattr(model, "config", None)
-    if not isinstance(config, CLIPConfig):
-        raise TypeError(f"save_pretrained: expected a CLIP with a CLIPConfig, got {type(model).__name__}")
+    kind = architecture_of(model)
+    if kind is None:
+        raise TypeError(
+            f"save_pretrained: expected a model of a registered architecture, got {type(model).__name__}"
+        )
+    config: ModelConfig = model.config  # type: ignore[assignment]
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -390,13 +518,17 @@ def save_pretrained(
         tensors[name] = value.contiguous()
     # A file alone is loadable too: it carries its configuration. One entry only, because safetensors writes
     # several in random order and equal models should give equal files.
-    metadata = {"vlmkernels_config": json.dumps(config.to_dict())}
+    entry = (
+        config.to_dict() if kind.name == "CLIP" else {"architecture": kind.name, "config": config.to_dict()}
+    )
+    metadata = {"vlmkernels_config": json.dumps(entry)}
     write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=metadata))
     if tokenizer is not None:
         write_atomically(folder / "tokenizer.json", tokenizer.save)
-    elif model.tokenizer_state is not None:
+    elif getattr(model, "tokenizer_state", None) is not None:
         text = json.dumps(model.tokenizer_state, ensure_ascii=False)
         write_text_atomically(folder / "tokenizer.json", text)
-    text = json.dumps({"format": _FORMAT, "version": 1, "config": config.to_dict()}, indent=2) + "\n"
+    content = {"format": _FORMAT, "version": 1, "architecture": kind.name, "config": config.to_dict()}
+    text = json.dumps(content, indent=2) + "\n"
     write_text_atomically(folder / "config.json", text)
     return folder

@@ -4,10 +4,20 @@
 from vlmkernels.nn.attention import (
     AttentionPool,
     AttentionPool2d,
+    MultiheadAttention,
     MultiheadCrossAttention,
     MultiheadSelfAttention,
 )
 from vlmkernels.nn.linear import Linear
+from vlmkernels.nn.lora import (
+    LoRALinear,
+    add_lora,
+    load_lora_state_dict,
+    lora_parameters,
+    lora_state_dict,
+    merge_lora,
+    set_lora_scale,
+)
 from vlmkernels.nn.losses import ClipLoss, InfoNCELoss, LinearCrossEntropyLoss, MultiPositiveLoss, SigLipLoss
 from vlmkernels.nn.quantize import QuantizationReport, dequantize_, quantize_
 from vlmkernels.nn.quantized import FusedActivation, QuantizedLinear, QuantizedPatchEmbedding
@@ -33,7 +43,9 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
+    "LoRALinear",
     "MultiPositiveLoss",
+    "MultiheadAttention",
     "MultiheadCrossAttention",
     "MultiheadSelfAttention",
     "QuantizationReport",
@@ -45,6 +57,12 @@ __all__ = [
     "Transformer",
     "TransformerBlock",
     "activation",
+    "add_lora",
     "dequantize_",
+    "load_lora_state_dict",
+    "lora_parameters",
+    "lora_state_dict",
+    "merge_lora",
     "quantize_",
+    "set_lora_scale",
 ]

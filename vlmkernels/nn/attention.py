@@ -214,18 +214,23 @@ class MultiheadCrossAttention(nn.Module):
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)
 
-    def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        width = self.width
-        bias = self.in_proj_bias
-        q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+    def project_queries(self, x: Tensor) -> Tensor:
+        """Returns the queries of `x` `[B, Lq, D]` as `[B, Lq, H, D/H]`."""
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[: self.width]
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[: self.width]
+        return F.linear(x, weight, bias).unflatten(-1, (self.heads, -1))
+
+    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns keys and values of `context` `[B, Lk, context_width]`, each `[B, Lk, H, D/H]`."""
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[self.width :]
         if self.in_proj_weight is not None:
-            q = F.linear(x, self.in_proj_weight[:width], q_bias)
             # Keys and values come from one product: half the reads of the context.
-            k, v = F.linear(context, self.in_proj_weight[width:], kv_bias).chunk(2, dim=-1)
-            return q, k, v
-        k_bias, v_bias = (None, None) if kv_bias is None else kv_bias.chunk(2)
-        q = F.linear(x, self.q_proj_weight, q_bias)
-        return q, F.linear(context, self.k_proj_weight, k_bias), F.linear(context, self.v_proj_weight, v_bias)
+            k, v = F.linear(context, self.in_proj_weight[self.width :], bias).chunk(2, dim=-1)
+        else:
+            k_bias, v_bias = (None, None) if bias is None else bias.chunk(2)
+            k = F.linear(context, self.k_proj_weight, k_bias)
+            v = F.linear(context, self.v_proj_weight, v_bias)
+        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
     def forward(
         self,
@@ -248,11 +253,9 @@ class MultiheadCrossAttention(nn.Module):
         Returns:
             `[B, Lq, D]` in the dtype of the projection.
         """
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self._project(x, context))
         out = attention(
-            q,
-            k,
-            v,
+            self.project_queries(x),
+            *self.project_context(context),
             bias=bias,
             key_mask=key_mask,
             is_causal=is_causal,
@@ -264,6 +267,84 @@ class MultiheadCrossAttention(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"width={self.width}, heads={self.heads}, context_width={self.context_width}"
         return f"{sizes}, dropout={self.dropout}"
+
+
+class MultiheadAttention(nn.Module):
+    """Attention with a linear layer each for queries, keys, values and output: `out(softmax(q k^t / sqrt(D/H)) v)`.
+
+    For decoders whose keys and values differ, and for layers that adapters replace one by one (`vk.nn.add_lora`).
+    Where only the queries are given it is self-attention; where a context is given, cross-attention.
+
+    Args:
+        width: Width D of the queries and of the output.
+        heads: Number of heads H; must divide D.
+        context_width: Width of keys and values; None = width.
+        bias: Whether the projections of queries, keys and values have a bias.
+        dropout: Dropout on the attention weights, in training mode only.
+        backend: Passed to the op; None lets the dispatcher choose.
+
+    Raises:
+        ValueError: If heads does not divide width, or dropout is outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        context_width: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_heads("MultiheadAttention", width, heads)
+        _check_dropout("MultiheadAttention", dropout)
+        self.heads, self.dropout, self.backend = heads, dropout, backend
+        context_width = width if context_width is None else context_width
+        self.q_proj = Linear(width, width, bias=bias)
+        self.k_proj = Linear(context_width, width, bias=bias)
+        self.v_proj = Linear(context_width, width, bias=bias)
+        self.out_proj = Linear(width, width)
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        q: Tensor,  # [B, Lq, D]
+        k: Tensor | None = None,  # [B, Lk, context_width]
+        v: Tensor | None = None,  # [B, Lk, context_width]
+        *,
+        key_mask: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Attends.
+
+        Args:
+            q: What the queries are made of, `[B, Lq, D]`.
+            k: What the keys are made of; None = q.
+            v: What the values are made of; None = k.
+            key_mask: Bool `[B, Lk]`, True = may be attended to.
+            bias: Added to the scaled scores, broadcastable to `[B, H, Lq, Lk]`.
+
+        Returns:
+            `[B, Lq, D]`.
+        """
+        k = q if k is None else k
+        v = k if v is None else v
+        shape = (self.heads, -1)
+        out = attention(
+            self.q_proj(q).unflatten(-1, shape),
+            self.k_proj(k).unflatten(-1, shape),
+            self.v_proj(v).unflatten(-1, shape),
+            bias=bias,
+            key_mask=key_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return self.out_proj(cast(Tensor, out).flatten(2))
 
 
 class AttentionPool2d(nn.Module):

@@ -8,17 +8,19 @@ own because its gradient is one tensor, which the kernel writes where it belongs
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmkernels import _native
-from vlmkernels.ops import _check, dispatch
+from vlmkernels.ops import _attention_cuda, _check, _triton, dispatch
 from vlmkernels.ops._library import differentiate, like_inputs, register_op
 from vlmkernels.ops.reference import attention as reference
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+TRITON_WIDEST_HEAD = 256
 
 
 def _cpu_reasons(call: dispatch.Call) -> list[str]:
@@ -32,8 +34,29 @@ def _cpu_reasons(call: dispatch.Call) -> list[str]:
     return reasons
 
 
-dispatch.register_backend("attention", "cpu", _cpu_reasons, priority=10)
-dispatch.register_backend("attention_varlen", "cpu", _cpu_reasons, priority=10)
+def _triton_reasons(call: dispatch.Call) -> list[str]:
+    reasons = _triton.reasons(call)
+    if call.dtype == torch.float64:
+        reasons.append("it sums in float32, which float64 operands do not want")
+    if call.dtype == torch.bfloat16 and _triton.INTERPRETED:
+        reasons.append("the interpreter truncates where bfloat16 rounds")
+    widest = max(call.facts["head_dim"], call.facts["value_dim"])
+    if widest > TRITON_WIDEST_HEAD:
+        reasons.append(f"head dims above {TRITON_WIDEST_HEAD} do not fit the registers (got {widest})")
+    return reasons
+
+
+for _op in ("attention", "attention_varlen"):
+    dispatch.register_backend(_op, "cpu", _cpu_reasons, priority=10)
+    dispatch.register_backend(
+        _op, "triton", _triton_reasons, priority=_triton.PRIORITY, not_default=_triton.not_default
+    )
+
+
+def _triton_kernels() -> ModuleType:
+    from vlmkernels.ops.triton import attention
+
+    return attention
 
 
 View = tuple[int, int, int, int, int]
@@ -141,6 +164,17 @@ def _forward(
         )
         _run("attention", call, backward=False)
         return out, lse
+    if backend == "cuda":
+        out, lse = _outputs(q, v)
+        _attention_cuda.forward(q, k, v, out, lse, bias, key_mask, seed, is_causal, scale, dropout_p)
+        return out, lse
+    if backend == "triton":
+        out, lse = _outputs(q, v)
+        kernels = _triton_kernels()
+        kernels.forward(
+            kernels.AttentionCall(q, k, v, is_causal, scale, dropout_p, seed, bias, key_mask), out, lse
+        )
+        return out, lse
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
     return reference.attention(q, k, v, bias=bias, key_mask=key_mask, **options)
 
@@ -201,13 +235,21 @@ def _backward_impl(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    if backend == "cpu":
+    if backend in ("cpu", "triton"):
         grads = like_inputs((q, k, v, bias), needs)
         wanted = [g if need else None for g, need in zip(grads[:3], needs, strict=False)]
         grad_bias = grads[3] if needs[3] and bias is not None else None
-        options = (is_causal, scale, dropout_p)
+        options = (is_causal, scale, dropout_p, backend)
         _launch_backward(
             q, k, v, wanted, grad_bias, grad_out, grad_lse, bias, key_mask, seed, out, lse, *options
+        )
+        return grads
+    if backend == "cuda":
+        grads = like_inputs((q, k, v, bias), needs)
+        wanted = [g if need else None for g, need in zip(grads[:3], needs, strict=False)]
+        options = (is_causal, scale, dropout_p)
+        _attention_cuda.backward(
+            grad_out, grad_lse, q, k, v, wanted, out, lse, bias, key_mask, seed, *options
         )
         return grads
 
@@ -233,7 +275,13 @@ def _launch_backward(
     is_causal: bool,
     scale: float,
     dropout_p: float,
+    backend: str,
 ) -> None:
+    if backend == "triton":
+        kernels = _triton_kernels()
+        triton_call = kernels.AttentionCall(q, k, v, is_causal, scale, dropout_p, seed, bias, key_mask)
+        kernels.backward(triton_call, out, lse, grad_out, grad_lse, grads, grad_bias)
+        return
     call = _native_call(q, k, v, out, lse, seed, is_causal, scale, dropout_p, bias=bias, key_mask=key_mask)
     _set_gradients(call, grad_out, grad_lse, grads, grad_bias)
     _run("attention", call, backward=True)
@@ -331,14 +379,23 @@ def _packed_backward_impl(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    if backend == "cpu":
+    if backend in ("cpu", "triton"):
         grad_qkv, grad_bias = like_inputs((qkv, bias), needs)
         q, k, v = qkv.unbind(2)
         wanted = list(grad_qkv.unbind(2)) if needs[0] else [None] * 3
         bias_wanted = grad_bias if needs[1] and bias is not None else None
-        options = (is_causal, scale, dropout_p)
+        options = (is_causal, scale, dropout_p, backend)
         _launch_backward(
             q, k, v, wanted, bias_wanted, grad_out, grad_lse, bias, key_mask, seed, out, lse, *options
+        )
+        return grad_qkv, grad_bias
+    if backend == "cuda":
+        grad_qkv, grad_bias = like_inputs((qkv, bias), needs)
+        wanted = list(grad_qkv.unbind(2)) if needs[0] else [None] * 3
+        q, k, v = qkv.unbind(2)
+        options = (is_causal, scale, dropout_p)
+        _attention_cuda.backward(
+            grad_out, grad_lse, q, k, v, wanted, out, lse, bias, key_mask, seed, *options
         )
         return grad_qkv, grad_bias
 
@@ -390,6 +447,14 @@ def _varlen_forward(
         call = _native_call(q, k, v, out, lse, seed, is_causal, scale, dropout_p, cu_seqlens=ends)
         _run("attention_varlen", call, backward=False)
         return out, lse
+    if backend == "triton":
+        out, lse = _outputs(q, v)
+        kernels = _triton_kernels()
+        ends = (cu_seqlens_q, cu_seqlens_k)
+        kernels.forward(
+            kernels.AttentionCall(q, k, v, is_causal, scale, dropout_p, seed, cu_seqlens=ends), out, lse
+        )
+        return out, lse
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
     return reference.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
 
@@ -439,15 +504,18 @@ def _varlen_backward_impl(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    if backend == "cpu":
+    if backend in ("cpu", "triton"):
         grads = like_inputs((q, k, v), needs)
         ends = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
+        wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
+        if backend == "triton":
+            kernels = _triton_kernels()
+            kernels.backward(
+                kernels.AttentionCall(q, k, v, is_causal, scale, dropout_p, seed, cu_seqlens=ends),
+                out, lse, grad_out, grad_lse, wanted,
+            )  # fmt: skip
+            return grads
         call = _native_call(q, k, v, out, lse, seed, is_causal, scale, dropout_p, cu_seqlens=ends)
-        wanted = (
-            grads[0] if needs[0] else None,
-            grads[1] if needs[1] else None,
-            grads[2] if needs[2] else None,
-        )
         _set_gradients(call, grad_out, grad_lse, wanted)
         _run("attention_varlen", call, backward=True)
         return grads

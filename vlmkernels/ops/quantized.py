@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _native
-from vlmkernels.ops import _check, _linear_cpu
+from vlmkernels.ops import _check, _linear_cpu, _quantized_cuda
 from vlmkernels.ops._library import differentiate, like_inputs, register_op
 from vlmkernels.ops.dispatch import Call, choose, register_backend
 from vlmkernels.ops.linear import operands_under_autocast
@@ -407,6 +407,9 @@ def _quantized_impl(
             input_scale,
             x.new_empty((*x.shape[:-1], n), dtype=output_dtype(x, residual)),
         )
+    if backend == "cuda" and scale is not None:
+        out = x.new_empty((*x.shape[:-1], weight_q.shape[0]), dtype=output_dtype(x, residual))
+        return _quantized_cuda.forward(x, weight_q, scale, bias, activation, residual, input_scale, out)
     return reference.quantized_linear(
         x,
         weight_q,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmkernels import _native
 
-from . import _check, _topk_cpu, dispatch
+from . import _check, _topk_cpu, _topk_cpu_backward, dispatch
 from ._library import differentiate, follow_autocast, like_inputs, register_op
 from .reference import topk as reference
 
@@ -130,8 +130,8 @@ def zero_shot(
         NotImplementedError: the named backend cannot serve the call.
 
     Probabilities and lse have gradients to image_features, class_features and logit_scale (indices are taken as
-    constant); second derivatives and `torch.vmap` work on the reference path, which keeps [N, C] float64 logits for
-    its gradient.
+    constant); second derivatives and `torch.vmap` work on the reference path, which alone keeps [N, C] logits, in
+    float64, for its gradient.
 
     Example:
         >>> images, classes = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
@@ -250,6 +250,11 @@ def _topk_backward_impl(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
+    if backend == "cpu":
+        return _topk_cpu_backward.topk_similarity_gradients(
+            grad_scores, queries, database, indices, metric, (needs[0], needs[1])
+        )
+
     def scores(q: Tensor, x: Tensor) -> Tensor:
         return reference.gather_scores(q, x, indices, metric)
 
@@ -298,7 +303,8 @@ def _zero_shot_impl(
 
 def _zero_shot_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     image_features, class_features, logit_scale, _, ctx.backend = inputs
-    ctx.save_for_backward(image_features, class_features, logit_scale, output[2])
+    probabilities, lse, indices = output
+    ctx.save_for_backward(image_features, class_features, logit_scale, indices, probabilities, lse)
 
 
 def _zero_shot_backward(
@@ -320,6 +326,8 @@ def _zero_shot_backward_fake(
     class_features: Tensor,
     logit_scale: Tensor,
     indices: Tensor,
+    probabilities: Tensor,
+    lse: Tensor,
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
@@ -333,9 +341,24 @@ def _zero_shot_backward_impl(
     class_features: Tensor,
     logit_scale: Tensor,
     indices: Tensor,
+    probabilities: Tensor,
+    lse: Tensor,
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
+    if backend == "cpu":
+        return _topk_cpu_backward.zero_shot_gradients(
+            grad_probabilities,
+            grad_lse,
+            image_features,
+            class_features,
+            logit_scale,
+            indices,
+            probabilities,
+            lse,
+            (needs[0], needs[1], needs[2]),
+        )
+
     def outputs(images: Tensor, classes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return reference.class_probabilities(images, classes, scale, indices)
 
@@ -347,7 +370,7 @@ def _zero_shot_backward_impl(
 zero_shot_backward_op = register_op(
     "zero_shot_backward",
     "(Tensor grad_probabilities, Tensor grad_lse, Tensor image_features, Tensor class_features, Tensor logit_scale,"
-    " Tensor indices, str backend, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    " Tensor indices, Tensor probabilities, Tensor lse, str backend, bool[] needs) -> (Tensor, Tensor, Tensor)",
     fake=_zero_shot_backward_fake,
     impl=_zero_shot_backward_impl,
 )

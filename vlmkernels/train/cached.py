@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmkernels.ops._library import no_autocast
 
-__all__ = ["CachedContrastive"]
+__all__ = ["CachedContrastive", "unsynchronized"]
 
 Context = contextlib.AbstractContextManager[Any]
 
@@ -151,7 +151,7 @@ class CachedContrastive:
         with contextlib.ExitStack() as stack:
             if not synchronize:
                 for model in {id(run.model): run.model for run in runs}.values():
-                    stack.enter_context(_unsynchronized(model))
+                    stack.enter_context(unsynchronized(model))
             found = [run.part(0, self._context) for run in runs]
             value = self._value(found, loss_options)
             with no_autocast(value.device.type):
@@ -240,7 +240,7 @@ class _Run:
         starts = [0] * len(gradients.values)
         for number in range(self.parts):
             last = number == self.parts - 1
-            with contextlib.nullcontext() if synchronize and last else _unsynchronized(self.model):
+            with contextlib.nullcontext() if synchronize and last else unsynchronized(self.model):
                 self._states[number].restore()
                 roots, grads = [], []
                 for i, x in enumerate(self.part(number, context).values):
@@ -255,7 +255,7 @@ class _Run:
                         torch.autograd.backward(roots, grads)
 
 
-def _unsynchronized(model: Any) -> Context:
+def unsynchronized(model: Any) -> Context:
     """A context in which DDP and FSDP let gradients accumulate where they are."""
     if hasattr(model, "no_sync"):  # DDP, and FSDP's first generation
         return model.no_sync()

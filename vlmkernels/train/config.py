@@ -75,7 +75,9 @@ class TrainConfig:
     loss: str = _option(
         "auto", "auto: clip, or multi_positive where captions repeat in a batch", choices=LOSSES
     )
-    label_smoothing: float = _option(0.0, "label smoothing of the clip loss")
+    label_smoothing: float | None = _option(
+        None, "label smoothing of the clip loss (default: the model's own; CLIP 0, ALIGN 0.1)"
+    )
     precision: str = _option("auto", "auto: bfloat16 where the processor has it", choices=PRECISIONS)
     augment: float = _option(1.0, "strength of the augmentation; 0: none")
     blend: float = _option(0.3, "share of emoji that are a mix of both styles")

@@ -11,19 +11,23 @@ the step and the place. So the batch of a step is the same for any number of pro
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlmkernels.data import emoji
 from vlmkernels.data.augment import Augment, AugmentConfig, blend_styles
 from vlmkernels.data.draws import Draws, generator_for, key_for
+from vlmkernels.models.training import Concept
 from vlmkernels.train.evaluation import (
     EmojiEvaluation,
     Encoder,
+    NeighbourEvaluation,
     PairsEvaluation,
     evaluate_emoji,
+    evaluate_neighbours,
     evaluate_pairs,
 )
 
@@ -41,7 +45,7 @@ _KEPT_FROM_TRAINING_AT_MOST = 5000
 
 
 # What a key is for, beside the seed and the step.
-_ORDER, _PICTURES, _HELD, _CAPTIONS, _CONCEPTS = range(5)
+_ORDER, _PICTURES, _HELD, _CAPTIONS, _CONCEPTS, _BLENDS, _SECOND_VIEWS, _STYLE = range(8)
 
 
 @dataclass
@@ -53,12 +57,20 @@ class Batch:
         texts: N captions.
         image_labels: [V * N] int64; a picture belongs to the captions with its label.
         text_labels: [N] int64.
+        concepts: N things shown; their labels are ``text_labels``.
+        keywords: N tuples of words.
+        source: [N] int64, the first view's row of ``TrainingFacts.sources``; -1: none.
+        second: [V * N, 3, S, S] like images, augmented anew; None where nobody asked.
     """
 
     images: torch.Tensor
     texts: list[str]
     image_labels: torch.Tensor
     text_labels: torch.Tensor
+    concepts: list[Concept]
+    keywords: list[tuple[str, ...]]
+    source: torch.Tensor
+    second: torch.Tensor | None = None
 
 
 class _Epochs:
@@ -118,10 +130,9 @@ class _Epochs:
         order = order[turn[self._shards[order]].argsort(stable=True)]
         return order[:used].view(self.batch_size, self.steps).T
 
-    def draws(self, step: int, purpose: int, places: range | None = None, *, views: int = 1) -> Draws:
+    def draws(self, step: int, purpose: int, places: Sequence[int] | None = None, *, views: int = 1) -> Draws:
         """The random numbers of places, by default those of this process; those of the second view follow."""
-        places = self.places if places is None else places
-        members = torch.arange(places.start, places.stop)
+        members = torch.tensor(self.places if places is None else places)
         return Draws(
             key_for(self.seed, purpose, step),
             torch.cat([members + view * self.batch_size for view in range(views)]),
@@ -183,6 +194,12 @@ class EmojiCorpus:
         self._rows: dict[int, list[int]] = {}
         for row, (index, _) in enumerate(pairs):
             self._rows.setdefault(index, []).append(row)
+        self._styles = torch.tensor([self.data.styles.index(style) for _, style in pairs])
+        groups, subgroups = self.data.groups, self.data.subgroups
+        self._concepts = [
+            Concept(e.index, emoji.spoken_name(e), groups.index(e.group), subgroups.index(e.subgroup))
+            for e in self.data.emojis
+        ]
         self._may_flip = torch.tensor([_mirrors(e) for e in self.data.emojis])
         self._augment = Augment(size, AugmentConfig().scaled(augment))
         left_out = [style for style in emoji.STYLES if style not in self.data.styles]
@@ -216,34 +233,79 @@ class EmojiCorpus:
             template.format(emoji.spoken_group(t)) for t in topics for template in emoji.GROUP_TEMPLATES
         ]
 
-    def batch(self, step: int) -> Batch:
-        """Draws the pairs of a step, those of this process."""
+    def facts(self) -> dict[str, Any]:
+        """What `TrainingFacts` says of the data."""
+        shown = [*self.concepts, *(i for toned in self._toned.values() for i in toned)]
+        return {
+            "concepts": tuple(self._concepts[i] for i in sorted(shown)),
+            "groups": self.data.groups,
+            "subgroups": self.data.subgroups,
+            "sources": self.data.styles,
+        }
+
+    def batch(self, step: int, *, second_view: bool = False, single_source: bool = False) -> Batch:
+        """Draws the pairs of a step, those of this process.
+
+        Args:
+            step: its number.
+            second_view: augment the same pictures once more.
+            single_source: all pictures in one style, drawn for the step; what it does not have is left out.
+        """
         draws = self._epochs.draws(step, _CONCEPTS)
         rows, toned = self._epochs.rows(step), draws.chance(self.tones).tolist()
         tones, picks = draws.uniform().tolist(), draws.uniform().tolist()
+        places = list(self._epochs.places)
         indices = [
             self._with_tone(self.concepts[row], tone) if with_tone else self.concepts[row]
             for row, with_tone, tone in zip(rows, toned, tones, strict=True)
         ]
         first = [self._rows[i][int(p * len(self._rows[i]))] for i, p in zip(indices, picks, strict=True)]
+        if single_source:
+            places, indices, first = self._in_one_style(step, places, indices)
         # The other style where there is one.
         second = [self._other_style(i, row) for i, row in zip(indices, first, strict=True)]
         pictures, others = self._pictures[torch.tensor(first)], self._pictures[torch.tensor(second)]
-        views = [blend_styles(pictures, others, draws, share=self.blend)]
+        share, draws = 0.0 if single_source else self.blend, self._epochs.draws(step, _BLENDS, places)
+        views = [blend_styles(pictures, others, draws, share=share)]
         if self.views == 2:
-            views.append(blend_styles(others, pictures, draws, share=self.blend))
+            views.append(blend_styles(others, pictures, draws, share=share))
         labels = torch.tensor(indices)
-        images = self._augment(
-            torch.cat(views),
-            self._epochs.draws(step, _PICTURES, views=self.views),
-            may_flip=self._may_flip[labels].repeat(self.views),
+        drawn, may_flip = torch.cat(views), self._may_flip[labels].repeat(self.views)
+        images, again = (
+            self._augment(
+                drawn, self._epochs.draws(step, purpose, places, views=self.views), may_flip=may_flip
+            )
+            if wanted
+            else None
+            for purpose, wanted in ((_PICTURES, True), (_SECOND_VIEWS, second_view))
         )
-        return Batch(images, self._texts(step, indices), labels.repeat(self.views), labels)
+        assert images is not None
+        return Batch(
+            images,
+            self._texts(step, places, indices),
+            labels.repeat(self.views),
+            labels,
+            [self._concepts[i] for i in indices],
+            [self.data.emojis[i].keywords for i in indices],
+            self._styles[torch.tensor(first)],
+            again,
+        )
 
-    def _texts(self, step: int, indices: list[int]) -> list[str]:
+    def _in_one_style(
+        self, step: int, places: list[int], indices: list[int]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """The places and indices that the step's style has, and their pictures."""
+        style = int(
+            torch.randint(len(self.data.styles), (), generator=generator_for(self.seed, _STYLE, step))
+        )
+        rows = {i: [row for row in self._rows[i] if self._styles[row] == style] for i in indices}
+        kept = [(place, i) for place, i in zip(places, indices, strict=True) if rows[i]]
+        return [place for place, _ in kept], [i for _, i in kept], [rows[i][0] for _, i in kept]
+
+    def _texts(self, step: int, places: list[int], indices: list[int]) -> list[str]:
         topics = self._topics(step) if self.topics else {}
         texts = []
-        for place, i in zip(self._epochs.places, indices, strict=True):
+        for place, i in zip(places, indices, strict=True):
             drawn = generator_for(self.seed, _CAPTIONS, step, place) if place not in topics else None
             texts.append(topics[place] if drawn is None else emoji.random_caption(self.data.emojis[i], drawn))
         return texts
@@ -277,6 +339,10 @@ class EmojiCorpus:
     def evaluate(self, encoder: Encoder) -> EmojiEvaluation:
         """Evaluates on the held-out style and the held-out concepts."""
         return evaluate_emoji(encoder, style=self.test_style)
+
+    def evaluate_images(self, encoder: Encoder) -> NeighbourEvaluation:
+        """Evaluates picture features alone, on the held-out style."""
+        return evaluate_neighbours(encoder, train_styles=self.data.styles, style=self.test_style)
 
 
 class PairCorpus:
@@ -350,13 +416,24 @@ class PairCorpus:
         captions = self.store.source.captions
         return [captions[i] for i in self._trained]
 
-    def batch(self, step: int) -> Batch:
-        """Draws the pairs of a step, those of this process."""
+    def facts(self) -> dict[str, Any]:
+        """What `TrainingFacts` says of the data: nothing, as pairs have captions only."""
+        return {}
+
+    def batch(self, step: int, *, second_view: bool = False, single_source: bool = False) -> Batch:
+        """Draws the pairs of a step, those of this process; they are all of one source."""
         pictures, rows = self.store.pictures([self._trained[row] for row in self._epochs.rows(step)])
-        captions = self.store.source.captions
+        captions = [self.store.source.captions[i] for i in rows]
         labels = self._labels[torch.tensor(rows)]
+        concepts = [Concept(i, text, -1, -1) for i, text in zip(labels.tolist(), captions, strict=True)]
         images = self._augment(pictures, self._epochs.draws(step, _PICTURES))
-        return Batch(images, [captions[i] for i in rows], labels, labels)
+        again = self._augment(pictures, self._epochs.draws(step, _SECOND_VIEWS)) if second_view else None
+        none = torch.full((len(rows),), -1)
+        return Batch(images, captions, labels, labels, concepts, [()] * len(rows), none, again)
+
+    def evaluate_images(self, encoder: Encoder) -> None:
+        """Pairs have no classes that pictures alone could be tested on."""
+        return
 
     def evaluate(self, encoder: Encoder) -> PairsEvaluation | None:
         """Evaluates on the pairs kept from training; None where there are none."""

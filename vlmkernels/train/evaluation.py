@@ -18,7 +18,6 @@ from vlmkernels.ops.topk import topk_similarity, zero_shot
 
 if TYPE_CHECKING:
     from vlmkernels.data.tokenizer import Tokenizer
-    from vlmkernels.models.clip import CLIP
 
 RECALLS = (1, 5, 10)
 
@@ -30,14 +29,14 @@ class Encoder:
     """A model in eval mode with its tokenizer: pictures and texts to unit vectors, in batches.
 
     Attributes:
-        model: a CLIP.
-        tokenizer: its tokenizer.
+        model: with `encode_image`, and `encode_text` where texts are encoded.
+        tokenizer: its tokenizer; None where it reads no text.
         batch_size: how many at once.
         autocast: a function that makes the context to compute in; None: float32.
     """
 
-    model: CLIP
-    tokenizer: Tokenizer
+    model: Any
+    tokenizer: Tokenizer | None
     batch_size: int = 256
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -57,11 +56,14 @@ class Encoder:
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Encodes texts to float32 [N, E] of length 1."""
+        if self.tokenizer is None:
+            raise ValueError("Encoder.texts: the model has no tokenizer")
         if not texts:
             return torch.zeros(0, self.model.config.embed_dim)
-        ids = self.tokenizer(list(texts), self.model.config.text.context_length)
+        tokenizer = self.tokenizer
+        ids = tokenizer(list(texts), self.model.config.text.context_length)
         return self._encode(
-            lambda part: self.model.encode_text(trim(part, self.tokenizer.end_id).to(self._device)),
+            lambda part: self.model.encode_text(trim(part, tokenizer.end_id).to(self._device)),
             ids.split(self.batch_size),
         )
 
@@ -72,7 +74,7 @@ class Encoder:
 
     @property
     def _device(self) -> torch.device:
-        return self.model.logit_scale.device
+        return next(self.model.parameters()).device
 
     def _encode(
         self, encode: Callable[[torch.Tensor], torch.Tensor], parts: Sequence[torch.Tensor]
@@ -376,6 +378,64 @@ def evaluate_emoji(encoder: Encoder, *, style: str | None = None) -> EmojiEvalua
         names=classification(images, prompts, labels, [e.name for e in bases]),
         groups=levels["group"],
         subgroups=levels["subgroup"],
+    )
+
+
+@dataclass
+class NeighbourEvaluation:
+    """How well picture features that were learned without text tell things apart: the nearest neighbour's label.
+
+    Queries are the held-out style's pictures, candidates the training styles' pictures of the same concepts.
+
+    Attributes:
+        names: recall of the same concept among the 1, 5 and 10 nearest.
+        groups: likewise of a concept of the same group.
+        subgroups: likewise of a concept of the same subgroup.
+    """
+
+    names: Retrieval
+    groups: Retrieval
+    subgroups: Retrieval
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold."""
+        return {name: getattr(self, name).to_dict() for name in ("names", "groups", "subgroups")}
+
+    def sentence(self) -> str:
+        """The figures that matter, in one line."""
+        parts = (("same emoji", self.names), ("subgroup", self.subgroups), ("group", self.groups))
+        shown = ", ".join(f"{n} {100 * r.recall[1]:.1f}% (chance {100 * r.chance[1]:.1f}%)" for n, r in parts)
+        return f"held-out style, nearest neighbour among the training pictures: {shown}"
+
+
+def evaluate_neighbours(
+    encoder: Encoder, *, train_styles: Sequence[str], style: str | None = None
+) -> NeighbourEvaluation:
+    """Evaluates picture features on the bundled emoji.
+
+    Args:
+        encoder: the model; its text side is not used.
+        train_styles: styles of the candidates.
+        style: style of the queries; None: the one that is held out from training.
+    """
+    from vlmkernels.data import emoji
+
+    data = emoji.load()
+    trained = {index for index, _ in data.select(split="train", base_only=True)}
+    size = encoder.model.config.vision.image_size
+    sides = []
+    for styles in ((style or emoji.HELD_OUT_STYLE,), tuple(train_styles)):
+        pairs = [p for p in data.select(styles=styles, base_only=True) if p[0] in trained]
+        entries = [data.emojis[index] for index, _ in pairs]
+        labels = [
+            torch.tensor([e.index for e in entries]),
+            torch.tensor([data.groups.index(e.group) for e in entries]),
+            torch.tensor([data.subgroups.index(e.subgroup) for e in entries]),
+        ]
+        sides.append((encoder.images(data.images(pairs, size=size)), labels))
+    (queries, wanted), (database, found) = sides
+    return NeighbourEvaluation(
+        *(retrieval(queries, database, *pair) for pair in zip(wanted, found, strict=True))
     )
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: from settings to a run folder with a model, an evaluation and a report.
 
-One step: a batch as a function of the step, forward under autocast, a fused contrastive loss, backward (both in
-micro-batches where asked for), AdamW or Lion, the logit scale clamped to [1, 100]. Everything random is drawn from the
-seed and the step, so that a run that was interrupted continues to the same bits on a CPU with the same number of
-threads.
+One step: a batch as a function of the step, the model's losses under autocast, backward (in micro-batches where asked
+for), AdamW or Lion, the model's own work after a step (`vlmkernels.models.training` says how a model states what it
+needs). Everything random is drawn from the seed and the step, so that a run that was interrupted continues to the same
+bits on a CPU with the same number of threads.
 """
 
 from __future__ import annotations
@@ -25,25 +25,32 @@ import torch
 
 from vlmkernels import _version
 from vlmkernels._files import write_text_atomically
-from vlmkernels.data.draws import key_for
+from vlmkernels.data.draws import generator_for, key_for
 from vlmkernels.data.tokenizer import Tokenizer
 from vlmkernels.data.transforms import transform_for
-from vlmkernels.models import CLIP, create, save_pretrained
-from vlmkernels.ops.contrastive import clip_loss, multi_positive_loss, siglip_loss
+from vlmkernels.models import create, save_pretrained
+from vlmkernels.models.training import (
+    ContrastiveOptions,
+    Trainable,
+    TrainingBatch,
+    TrainingFacts,
+    contrastive_loss,
+    trainable_config,
+)
 from vlmkernels.train import distributed
 from vlmkernels.train.batch_norm import synchronize_batch_norm
-from vlmkernels.train.cached import CachedContrastive
+from vlmkernels.train.cached import CachedContrastive, unsynchronized
 from vlmkernels.train.checkpoint import load_checkpoint, save_checkpoint
 from vlmkernels.train.config import TrainConfig
 from vlmkernels.train.corpora import Batch, EmojiCorpus, PairCorpus
-from vlmkernels.train.evaluation import EmojiEvaluation, Encoder, PairsEvaluation, trim
+from vlmkernels.train.evaluation import EmojiEvaluation, Encoder, NeighbourEvaluation, PairsEvaluation, trim
 from vlmkernels.train.optim import DEFAULT_BETAS, WeightAverage, create_optimizer
 from vlmkernels.train.run_folder import RunFolder, has_checkpoint, open_run
 from vlmkernels.train.schedule import warmup_cosine
 
 logger = logging.getLogger(__name__)
 
-_DROPOUT = 100  # what a key is for; `corpora` has the others
+_DROPOUT, _WORDING = 100, 101  # what a key is for; `corpora` has the others
 
 
 class TrainingFailed(RuntimeError):
@@ -83,7 +90,7 @@ class TrainResult:
     config: TrainConfig
     steps: int
     finished: bool
-    evaluation: EmojiEvaluation | PairsEvaluation | None = None
+    evaluation: EmojiEvaluation | PairsEvaluation | NeighbourEvaluation | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -149,7 +156,7 @@ class _Run:
         self.command = command
         self.step = 0
         self.seconds: dict[str, float] = {}
-        self.evaluation: EmojiEvaluation | PairsEvaluation | None = None
+        self.evaluation: EmojiEvaluation | PairsEvaluation | NeighbourEvaluation | None = None
         bf16 = config.precision == "bfloat16" or (
             config.precision == "auto" and has_bfloat16(processes.device)
         )
@@ -170,15 +177,30 @@ class _Run:
         config = self.config
         torch.manual_seed(config.seed)
         options = _model_options(config)
-        size = _new_model(config.model, options).config.vision.image_size
+        sketch = _new_model(config.model, options)
+        size = trainable_config(sketch).vision.image_size
         self.corpus = self._open_corpus(size, stack)
         self.observer.message(self.corpus.describe())
-        self.tokenizer = Tokenizer.train(self.corpus.captions(), config.vocab_size)
-        text = options.get("text", {}) | {"vocab_size": self.tokenizer.vocab_size}
+        self.tokenizer: Tokenizer | None = None
+        if sketch.needs_text:
+            self.tokenizer = Tokenizer.train(self._captions(sketch), config.vocab_size)
+            options |= {"text": options.get("text", {}) | {"vocab_size": self.tokenizer.vocab_size}}
         torch.manual_seed(config.seed)
-        self.model = _new_model(config.model, options | {"text": text}).to(self.processes.device)
-        self.tokenizer.context_length = self.model.config.text.context_length
+        self.model = _new_model(config.model, options).to(self.processes.device)
+        if self.tokenizer is not None:
+            self.tokenizer.context_length = trainable_config(self.model).text.context_length
         self.transform = transform_for(self.model)
+        self.total = max(1, round(config.epochs * self._steps_per_epoch))
+        self.warmup = min(self.total, round(config.warmup * self.total))
+        self.model.prepare_training(
+            TrainingFacts(
+                self.total,
+                max(1, round(self._steps_per_epoch)),
+                self.corpus.batch_size,
+                tokenizer=self.tokenizer,
+                **self.corpus.facts(),
+            )
+        )
         defaults = DEFAULT_BETAS[config.optimizer]
         self.optimizer = create_optimizer(
             config.optimizer,
@@ -192,23 +214,33 @@ class _Run:
             layer_decay=config.layer_decay,
         )
         self.average = WeightAverage(self.model, config.average) if config.average else None
-        self.total = max(1, round(config.epochs * self.corpus.steps_per_epoch / config.accumulate))
-        self.warmup = min(self.total, round(config.warmup * self.total))
         if config.resume and has_checkpoint(self.folder):
             self._restore()
         elif self.processes.is_first:
             self._write_params()
             self.folder.rewind(0)
-        forward: torch.nn.Module = self.model
+        if config.micro_batch and type(self.model).training_losses is not Trainable.training_losses:
+            raise ValueError(
+                f"train: micro_batch is for models whose loss is contrastive alone; {config.model} has an objective of "
+                "its own"
+            )
+        self.losses: torch.nn.Module = self.model if config.micro_batch else _Losses(self.model)
         if self.processes.group is not None:
             synchronize_batch_norm(self.model, self.processes.group)
-            # Buffers are the same everywhere: those of batch norm come from the batch of all processes.
-            forward = torch.nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.losses = torch.nn.parallel.DistributedDataParallel(
+                self.losses, find_unused_parameters=self.model.may_leave_unused
+            )
         batch, world = self.corpus.batch_size, self.processes.world_size
         micro_batch = config.micro_batch or batch
         # As many on every process, since they meet in batch norm, and none of them empty.
         self.parts = min(math.ceil(math.ceil(batch / world) / micro_batch), batch // world)
-        self.contrast = CachedContrastive(forward, self._loss, micro_batch=micro_batch, context=self.autocast)
+        self.contrast = CachedContrastive(
+            self.losses, self._contrastive_loss, micro_batch=micro_batch, context=self.autocast
+        )
+
+    @property
+    def _steps_per_epoch(self) -> float:
+        return self.corpus.steps_per_epoch / self.config.accumulate
 
     def _open_corpus(self, size: int, stack: contextlib.ExitStack) -> EmojiCorpus | PairCorpus:
         config, processes = self.config, self.processes
@@ -251,7 +283,7 @@ class _Run:
             "processes": self.processes.world_size,
             "data": self.corpus.describe(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "model": self.model.config.to_dict(),
+            "model": trainable_config(self.model).to_dict(),
             "steps": self.total,
             "versions": {
                 "vlmkernels": _version.__version__,
@@ -265,7 +297,7 @@ class _Run:
         progress = load_checkpoint(
             self.folder.checkpoint, model=self.model, optimizer=self.optimizer, average=self.average
         )
-        if progress["vocabulary"] != self.tokenizer.to_dict():
+        if progress["vocabulary"] != self._vocabulary():
             raise ValueError("train: the data's captions changed since the run began; it cannot be continued")
         self.step, self.seconds = progress["step"], progress["seconds"]
         if self.processes.is_first:
@@ -280,17 +312,21 @@ class _Run:
         first = self.step
         self.model.train()
         self.observer.start(self.total, self.step)
-        window: list[torch.Tensor] = []
+        window: list[dict[str, torch.Tensor]] = []
         window_pairs, window_began = 0, began
         stopped = False
         while self.step < self.total and not stopped:
-            loss, factor = self._train_step()
+            losses, factor, pairs = self._train_step()
             self.step += 1
-            window.append(loss)
-            window_pairs += self.corpus.batch_size * config.accumulate
+            self.model.after_step(self.step, self.total)
+            if self.average is not None:
+                self.average.update(self.model)
+            window.append(losses)
+            window_pairs += pairs * self.processes.world_size
             now = time.perf_counter()
             if self.step % config.log_every == 0 or self.step == self.total:
-                mean = float(torch.stack(window).mean())
+                means = {name: float(torch.stack([w[name] for w in window]).mean()) for name in losses}
+                mean = means.pop("loss")
                 if not math.isfinite(mean):
                     raise TrainingFailed(
                         f"train: the loss is {mean} at step {self.step}; a lower lr than {config.lr} may help"
@@ -299,8 +335,9 @@ class _Run:
                     "step": self.step,
                     "epoch": round(self.step * config.accumulate / self.corpus.steps_per_epoch, 3),
                     "loss": round(mean, 5),
+                    **{name: round(value, 5) for name, value in means.items()},
                     "lr": config.lr * factor,
-                    "logit_scale": round(float(self.model.logit_scale.detach().exp()), 3),
+                    **self._logit_scale(),
                     "pairs_per_second": round(window_pairs / max(now - window_began, 1e-9), 1),
                     "seconds": round(before + now - began, 2),
                 }
@@ -320,65 +357,110 @@ class _Run:
         self.observer.finish()
         return not stopped
 
-    def _train_step(self) -> tuple[torch.Tensor, float]:
-        """One step; returns its loss and the factor on the learning rate."""
+    def _logit_scale(self) -> dict[str, float]:
+        scale = getattr(self.model, "logit_scale", None)
+        return {} if scale is None else {"logit_scale": round(float(scale.detach().exp()), 3)}
+
+    def _train_step(self) -> tuple[dict[str, torch.Tensor], float, int]:
+        """One step; returns its losses, the factor on the learning rate, and how many pairs this process saw."""
         config = self.config
         factor = warmup_cosine(self.step, steps=self.total, warmup=self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * factor * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)
-        losses = [
-            self._add_gradients(self.step * config.accumulate + i, last=i == config.accumulate - 1)
-            for i in range(config.accumulate)
-        ]
+        losses, pairs = [], 0
+        for i in range(config.accumulate):
+            number, last = self.step * config.accumulate + i, i == config.accumulate - 1
+            batch = self._batch(number)
+            # Dropout and the like draw from torch's generator: seeded per batch, it needs no memory of earlier ones.
+            # They, and a model's own wording of captions, are all that depends on how many processes share the batch.
+            torch.manual_seed(key_for(config.seed, _DROPOUT, number, self.processes.rank))
+            losses.append(self._add_gradients(batch, last=last))
+            pairs += len(batch.names)
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
-        self.model.clamp_logit_scale()
-        if self.average is not None:
-            self.average.update(self.model)
-        return torch.stack(losses).mean(), factor
+        return {name: torch.stack([x[name] for x in losses]).mean() for name in losses[0]}, factor, pairs
 
-    def _add_gradients(self, number: int, *, last: bool) -> torch.Tensor:
-        """Adds a batch's share of the step's gradients; returns its loss."""
-        device, rank = self.processes.device, self.processes.rank
-        batch = self.corpus.batch(number)
-        # Dropout and the like draw from torch's generator: seeded per batch, it needs no memory of earlier ones. They
-        # are all that depends on how many processes share the batch.
-        torch.manual_seed(key_for(self.config.seed, _DROPOUT, number, rank))
-        images = self.transform.normalize(batch.images.mul(255.0)).to(device)
-        ids = trim(self.tokenizer(batch.texts), self.tokenizer.end_id).to(device)
-        return self.contrast(
-            images, ids, weight=1 / self.config.accumulate, synchronize=last, parts=self.parts, batch=batch
+    def _add_gradients(self, batch: TrainingBatch, *, last: bool) -> dict[str, torch.Tensor]:
+        """Adds a batch's share of the step's gradients; returns its losses."""
+        weight = 1 / self.config.accumulate
+        if self.config.micro_batch:
+            loss = self.contrast(
+                batch.images, batch.ids, weight=weight, synchronize=last, parts=self.parts, batch=batch
+            )
+            return {"loss": loss}
+        with contextlib.nullcontext() if last else unsynchronized(self.losses):
+            with self.autocast():
+                losses = self.losses(batch)
+            (losses["loss"] * weight).backward()
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _contrastive_loss(self, batch: TrainingBatch, **features: torch.Tensor) -> torch.Tensor:
+        return contrastive_loss(batch, smoothing=self.model.default_label_smoothing, **features)
+
+    def _batch(self, number: int) -> TrainingBatch:
+        """Draws a batch and brings it to what the model takes."""
+        model, device = self.model, self.processes.device
+        drawn = self.corpus.batch(
+            number, second_view=model.needs_second_view, single_source=model.needs_single_source
         )
 
-    def _loss(
-        self,
-        image_features: torch.Tensor,
-        text_features: torch.Tensor,
-        logit_scale: torch.Tensor,
-        logit_bias: torch.Tensor | None = None,
-        *,
-        batch: Batch,
-    ) -> torch.Tensor:
-        images, texts, group = image_features.float(), text_features.float(), self.processes.group
+        def normalized(x: torch.Tensor) -> torch.Tensor:
+            return self.transform.normalize(x.mul(255.0)).to(device)
+
+        batch = TrainingBatch(
+            images=normalized(drawn.images),
+            ids=None,
+            image_labels=drawn.image_labels.to(device),
+            text_labels=drawn.text_labels.to(device),
+            second_images=None if drawn.second is None else normalized(drawn.second),
+            names=[concept.name for concept in drawn.concepts],
+            keywords=drawn.keywords,
+            group=torch.tensor([concept.group for concept in drawn.concepts], device=device),
+            subgroup=torch.tensor([concept.subgroup for concept in drawn.concepts], device=device),
+            source=drawn.source.to(device),
+            options=self._contrastive_options(),
+        )
+        if self.tokenizer is not None:
+            generator = generator_for(self.config.seed, _WORDING, number, self.processes.rank)
+            texts = model.training_texts(drawn.concepts, drawn.keywords, drawn.source, generator)
+            ids = self.tokenizer(drawn.texts if texts is None else texts)
+            batch.ids = trim(ids, self.tokenizer.end_id).to(device)
+            if model.needs_descriptions:
+                self._describe(batch, drawn, self.tokenizer)
+        return batch
+
+    def _describe(self, batch: TrainingBatch, drawn: Batch, tokenizer: Tokenizer) -> None:
+        """Adds the keywords of each pair as descriptions."""
+        most = self.model.max_descriptions
+        words = [words[:most] for words in drawn.keywords]
+        mask = torch.tensor([[j < len(w) for j in range(most)] for w in words]).view(len(words), most)
+        ids = tokenizer([word for w in words for word in w]) if mask.any() else torch.zeros(0, 1)
+        ids = trim(ids.long(), tokenizer.end_id)
+        table = torch.zeros(len(words), most, ids.shape[1], dtype=torch.int64)
+        table[mask] = ids
+        device = self.processes.device
+        batch.description_ids, batch.description_mask = table.to(device), mask.to(device)
+
+    def _contrastive_options(self) -> ContrastiveOptions:
         name = self.config.loss
         if name == "auto":
-            name = "clip" if self.corpus.one_to_one else "multi_positive"
-        if name == "multi_positive":
-            labels = batch.image_labels.to(images.device), batch.text_labels.to(images.device)
-            return multi_positive_loss(images, texts, logit_scale, *labels, group=group)
-        if name == "siglip":
-            assert logit_bias is not None  # `_model_options` gives it one
-            return siglip_loss(images, texts, logit_scale, logit_bias, group=group)
-        smoothing = self.config.label_smoothing
-        return clip_loss(images, texts, logit_scale, label_smoothing=smoothing, group=group)
+            name = self.model.default_loss if self.corpus.one_to_one else "multi_positive"
+        return ContrastiveOptions(name, self.config.label_smoothing, self.processes.group)
+
+    def _captions(self, model: Trainable) -> list[str]:
+        """The captions that the vocabulary is learned from: the data's, and the model's own wordings."""
+        return [*self.corpus.captions(), *model.vocabulary_texts(**self.corpus.facts())]
+
+    def _vocabulary(self) -> dict[str, Any] | None:
+        return None if self.tokenizer is None else self.tokenizer.to_dict()
 
     def _save_checkpoint(self) -> None:
         if not self.processes.is_first:
             return
         began = time.perf_counter()
-        progress = {"step": self.step, "seconds": self.seconds, "vocabulary": self.tokenizer.to_dict()}
+        progress = {"step": self.step, "seconds": self.seconds, "vocabulary": self._vocabulary()}
         save_checkpoint(
             self.folder.checkpoint,
             model=self.model,
@@ -403,7 +485,10 @@ class _Run:
         save_pretrained(self.model, self.folder.path, self.tokenizer, dtype=dtype)
         self.observer.message("evaluating")
         encoder = Encoder(self.model, self.tokenizer)
-        self.evaluation = self.corpus.evaluate(encoder)
+        if hasattr(self.model, "encode_text"):
+            self.evaluation = self.corpus.evaluate(encoder)
+        elif hasattr(self.model, "encode_image"):
+            self.evaluation = self.corpus.evaluate_images(encoder)
         self.clock("evaluation", began)
         row: dict[str, Any] = {"step": self.step, "evaluation": None, "seconds_by_part": self.seconds}
         if self.evaluation is not None:
@@ -417,12 +502,23 @@ class _Run:
             self.clock("report", began)
 
 
-def _new_model(name: str, options: dict[str, Any]) -> CLIP:
+class _Losses(torch.nn.Module):
+    """The model's losses as a forward pass, which is what several processes synchronise."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: TrainingBatch) -> dict[str, torch.Tensor]:
+        return self.model.training_losses(batch)  # type: ignore[operator]
+
+
+def _new_model(name: str, options: dict[str, Any]) -> Any:
     model = create(name, **options)
-    if not isinstance(model, CLIP):
-        raise ValueError(
-            f"train: {name} is no CLIP (an image and a text tower); it cannot be trained on pairs"
-        )
+    try:
+        trainable_config(model)
+    except ValueError as error:
+        raise ValueError(f"train: {name}: {error}") from error
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmkernels.models.training import Trainable
 from vlmkernels.systems import register_system
 
 #: by optimiser: AdamW's as CLIP trains with, Lion's as its paper has them
@@ -183,7 +184,8 @@ def parameter_groups(
     """Splits the trainable parameters into groups: those that decay and those that do not, layer by layer.
 
     Norm weights, biases and every other vector or scalar (logit scale, class token) are free of decay, as in the CLIP
-    paper; so are positions, which are tables of vectors and not maps.
+    paper; so are positions, which are tables of vectors and not maps, and
+    whatever else the model's ``no_weight_decay`` names.
 
     With a layer decay d, the learning rate of a tower's layer l of L is multiplied by ``d^(L + 1 - l)`` (Clark et al.,
     "ELECTRA", 2020; Bao et al., "BEiT", 2022): embeddings and stem are layer 0, block i is layer i + 1, and what
@@ -202,11 +204,12 @@ def parameter_groups(
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"parameter_groups: layer_decay must lie in (0, 1], got {layer_decay}")
+    never = tuple(getattr(model, "no_weight_decay", Trainable.no_weight_decay))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     above = dict.fromkeys(trained, 0) if layer_decay == 1 else _layers_above(list(trained))
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, p in trained.items():
-        free_of_decay = p.ndim < 2 or name.endswith("positional_embedding")
+        free_of_decay = p.ndim < 2 or name.endswith(never)
         group = groups.setdefault(
             (above[name], free_of_decay),
             {

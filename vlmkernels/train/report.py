@@ -23,6 +23,7 @@ from vlmkernels.train.evaluation import (
     Classification,
     EmojiEvaluation,
     Gallery,
+    NeighbourEvaluation,
     PairsEvaluation,
     Retrieval,
 )
@@ -32,7 +33,9 @@ _STYLE_SHEET = Path(__file__).with_name("report.css")
 
 
 def write_report(
-    folder: RunFolder, evaluation: EmojiEvaluation | PairsEvaluation | None, seconds: dict[str, float]
+    folder: RunFolder,
+    evaluation: EmojiEvaluation | PairsEvaluation | NeighbourEvaluation | None,
+    seconds: dict[str, float],
 ) -> Path:
     """Writes ``report.html`` from the files of a run and its evaluation.
 
@@ -47,10 +50,12 @@ def write_report(
     params = json.loads(folder.params.read_text(encoding="utf-8"))
     rows = [row for row in folder.read_results() if "loss" in row]
     sections = [_header(folder, params, rows, seconds)]
-    if evaluation is not None:
+    if isinstance(evaluation, NeighbourEvaluation):
+        sections.append(_neighbours(evaluation))
+    elif evaluation is not None:
         sections.append(_tiles(evaluation))
     sections.append(_curves(rows))
-    if evaluation is not None:
+    if isinstance(evaluation, EmojiEvaluation | PairsEvaluation):
         sections.append(_figures(evaluation))
         sections.append(_image_to_text(evaluation.gallery))
         sections.append(_text_to_image(evaluation.gallery))
@@ -135,18 +140,35 @@ def _tiles(evaluation: EmojiEvaluation | PairsEvaluation) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
+def _neighbours(evaluation: NeighbourEvaluation) -> str:
+    kinds = (
+        ("same emoji", evaluation.names),
+        ("subgroup", evaluation.subgroups),
+        ("group", evaluation.groups),
+    )
+    tiles = "".join(
+        _tile(r.recall[1], r.chance[1], f"Nearest neighbour: {name}", f"{r.queries:,} pictures")
+        for name, r in kinds
+    )
+    return f'<div class="tiles">{tiles}</div>'
+
+
 def _curves(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return ""
     steps = [row["step"] for row in rows]
+    known = {"step", "epoch", "loss", "lr", "logit_scale", "pairs_per_second", "seconds"}
+    own = [(name.replace("_", " ").capitalize(), name, False) for name in rows[0] if name not in known]
     charts = [
         line_chart(title, steps, [row[key] for row in rows], x_label="over steps", from_zero=zero)
         for title, key, zero in (
             ("Loss", "loss", False),
+            *own,
             ("Learning rate", "lr", True),
             ("Logit scale", "logit_scale", False),
             ("Pairs per second", "pairs_per_second", True),
         )
+        if key in rows[0]
     ]
     return _section("Training", f'<div class="charts">{"".join(charts)}</div>')
 

@@ -25,6 +25,17 @@ struct LaunchShape {
   int64_t shared_bytes = 0;
 };
 
+inline constexpr int64_t kPlainSharedBytes = 48 * 1024;  // more than this a kernel has to ask for
+
+// The most shared memory that one block may have on the current device.
+inline cudaError_t shared_limit(int64_t* bytes) {
+  int device = 0, most = 0;
+  VK_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
+  VK_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  *bytes = most;
+  return cudaSuccess;
+}
+
 // Launches `kernel` on `stream`. The launch's own status comes back, not cudaGetLastError(), which could be an older
 // error of the caller's.
 template <class... Parameters, class... Arguments>
@@ -32,6 +43,9 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
                    Arguments&&... arguments) {
   if (shape.blocks == 0) return cudaSuccess;
   if (shape.blocks < 0 || shape.blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
+  if (shape.shared_bytes > kPlainSharedBytes)
+    VK_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(shape.shared_bytes)));
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));

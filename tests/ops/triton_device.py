@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the Triton tests of a family run: on the interpreter (TRITON_INTERPRET=1, cpu tensors) or on a GPU.
+
+The files `interpreted_<family>.py` hold them. pytest does not collect them by name, because a process is either one
+that interprets kernels or one that does not; `test_triton.py` runs each in a process of its own, and on a GPU again.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from vlmkernels.ops import _triton
+
+DEVICE = "cpu" if _triton.INTERPRETED else "cuda"
+
+#: The interpreter multiplies bfloat16 wrongly; kernels widen it there (`_launch.widens`), so that it can be tried.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def run_family(family: str, *, interpret: bool, timeout: float = 600, marks: str = "not slow") -> None:
+    """The tests of `interpreted_<family>.py` in another process; fails with their output, or if there were none."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1" if interpret else "0"}
+    file = Path(__file__).with_name(f"interpreted_{family}.py")
+    options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", marks]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(file)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=Path(__file__).parents[2],
+    )
+    assert result.returncode == 0, f"{result.stdout[-6000:]}\n{result.stderr[-2000:]}"
+    assert " passed" in result.stdout, result.stdout[-2000:]
