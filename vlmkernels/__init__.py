@@ -21,11 +21,13 @@ from vlmkernels.ops.contrastive import (
 from vlmkernels.ops.flat_index import FlatIndex
 from vlmkernels.ops.linear import linear
 from vlmkernels.ops.quantized import QuantizedWeight, quantize_weight, quantized_linear
+from vlmkernels.ops.sharded_index import ShardedIndex
 from vlmkernels.ops.topk import topk_similarity, zero_shot
 
 __all__ = [
     "FlatIndex",
     "QuantizedWeight",
+    "ShardedIndex",
     "__version__",
     "attention",
     "attention_qkvpacked",
