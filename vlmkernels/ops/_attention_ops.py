@@ -235,21 +235,13 @@ def _backward_impl(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    if backend in ("cpu", "triton"):
+    if backend != "reference":
         grads = like_inputs((q, k, v, bias), needs)
         wanted = [g if need else None for g, need in zip(grads[:3], needs, strict=False)]
         grad_bias = grads[3] if needs[3] and bias is not None else None
         options = (is_causal, scale, dropout_p, backend)
         _launch_backward(
             q, k, v, wanted, grad_bias, grad_out, grad_lse, bias, key_mask, seed, out, lse, *options
-        )
-        return grads
-    if backend == "cuda":
-        grads = like_inputs((q, k, v, bias), needs)
-        wanted = [g if need else None for g, need in zip(grads[:3], needs, strict=False)]
-        options = (is_causal, scale, dropout_p)
-        _attention_cuda.backward(
-            grad_out, grad_lse, q, k, v, wanted, out, lse, bias, key_mask, seed, *options
         )
         return grads
 
@@ -281,6 +273,11 @@ def _launch_backward(
         kernels = _triton_kernels()
         triton_call = kernels.AttentionCall(q, k, v, is_causal, scale, dropout_p, seed, bias, key_mask)
         kernels.backward(triton_call, out, lse, grad_out, grad_lse, grads, grad_bias)
+        return
+    if backend == "cuda":  # which refuses biases that want a gradient
+        _attention_cuda.backward(
+            grad_out, grad_lse, q, k, v, grads, out, lse, bias, key_mask, seed, is_causal, scale, dropout_p
+        )
         return
     call = _native_call(q, k, v, out, lse, seed, is_causal, scale, dropout_p, bias=bias, key_mask=key_mask)
     _set_gradients(call, grad_out, grad_lse, grads, grad_bias)
@@ -379,7 +376,7 @@ def _packed_backward_impl(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    if backend in ("cpu", "triton"):
+    if backend != "reference":
         grad_qkv, grad_bias = like_inputs((qkv, bias), needs)
         q, k, v = qkv.unbind(2)
         wanted = list(grad_qkv.unbind(2)) if needs[0] else [None] * 3
@@ -387,15 +384,6 @@ def _packed_backward_impl(
         options = (is_causal, scale, dropout_p, backend)
         _launch_backward(
             q, k, v, wanted, bias_wanted, grad_out, grad_lse, bias, key_mask, seed, out, lse, *options
-        )
-        return grad_qkv, grad_bias
-    if backend == "cuda":
-        grad_qkv, grad_bias = like_inputs((qkv, bias), needs)
-        wanted = list(grad_qkv.unbind(2)) if needs[0] else [None] * 3
-        q, k, v = qkv.unbind(2)
-        options = (is_causal, scale, dropout_p)
-        _attention_cuda.backward(
-            grad_out, grad_lse, q, k, v, wanted, out, lse, bias, key_mask, seed, *options
         )
         return grad_qkv, grad_bias
 
@@ -504,7 +492,7 @@ def _varlen_backward_impl(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    if backend in ("cpu", "triton"):
+    if backend != "reference":
         grads = like_inputs((q, k, v), needs)
         ends = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
         wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
