@@ -135,12 +135,11 @@ void slope_pair(const SlopeRow (&rows)[2], const float (&factor)[2], int64_t pad
       store(rows[0].weights + c, p[0]);
       store(rows[0].slopes + c, s[0]);
     } else {
-      const HalfWords s0 = to_half_words(s[0]), s1 = to_half_words(s[1]);
+      const HalfWords s0 = to_bf16(s[0]), s1 = to_bf16(s[1]);
       std::memcpy(reinterpret_cast<uint16_t*>(rows[1].slopes) + c, &s1, sizeof s1);
       std::memcpy(reinterpret_cast<uint16_t*>(rows[0].slopes) + c, &s0, sizeof s0);
-      store_units(slope_pairs + c, __builtin_convertvector(s0, VecU) | (__builtin_convertvector(s1, VecU) << 16));
-      store_units(weight_pairs + c, __builtin_convertvector(to_half_words(p[0]), VecU) |
-                                        (__builtin_convertvector(to_half_words(p[1]), VecU) << 16));
+      store_units(slope_pairs + c, bf16_pairs(s0, s1));
+      store_units(weight_pairs + c, bf16_pairs(p[0], p[1]));
     }
   };
   const int64_t least = rows[0].count < rows[1].count ? rows[0].count : rows[1].count;
@@ -454,7 +453,7 @@ inline void attention_sum_bias(const AttentionCall& call, const float* from, int
     if (!call.bias_bf16) {
       store_first(static_cast<float*>(call.grad_bias) + i, sum, count);
     } else {
-      const HalfWords halves = to_half_words(sum);
+      const HalfWords halves = to_bf16(sum);
       std::memcpy(static_cast<uint16_t*>(call.grad_bias) + i, &halves, sizeof(uint16_t) * static_cast<size_t>(count));
     }
   }

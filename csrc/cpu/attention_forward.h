@@ -57,7 +57,7 @@ float softmax_row(float* row, int64_t count, int64_t padded, float max, const fl
     if constexpr (Op::kDepthPerUnit == 1) {
       store(row + c, p);
     } else {
-      const HalfWords halves = to_half_words(p);
+      const HalfWords halves = to_bf16(p);
       std::memcpy(reinterpret_cast<uint16_t*>(row) + c, &halves, sizeof halves);
     }
   }

@@ -400,7 +400,7 @@ void write_row(const AttentionTensor& t, int64_t at, const float* from, int64_t 
   } else {
     uint16_t* out = static_cast<uint16_t*>(t.data) + at;
     for (int64_t c = 0; c < width; c += kLanes) {
-      const HalfWords halves = to_half_words(load(from + c) * factor);
+      const HalfWords halves = to_bf16(load(from + c) * factor);
       if (t.col_stride == 1 && width - c >= kLanes) {
         std::memcpy(out + c, &halves, sizeof halves);
       } else if (t.col_stride == 1) {

@@ -38,32 +38,29 @@ int64_t gradient_bytes(const LinearGradients& call) {
   return pre + (call.half || pre == 0 ? round_up(size_of(gradient_dtype(call)) * f.m * f.n, kLine) : 0);
 }
 
+// A product [m, depth] times [depth, k], k being the layer's inputs, into a gradient.
+LinearProblem gradient_problem(const LinearGradients& call, int64_t m, int64_t depth, void* out, Dtype dtype) {
+  LinearProblem p;
+  p.m = m;
+  p.n = call.forward.problem.k;
+  p.k = depth;
+  p.kind = product_kind(call);
+  p.out = out;
+  p.out_dtype = dtype;
+  p.out_stride = p.n;
+  return p;
+}
+
 // grad_x [m, k] = g [m, n] weight [n, k]
 LinearProblem input_problem(const LinearGradients& call) {
   const LinearProblem& f = call.forward.problem;
-  LinearProblem p;
-  p.m = f.m;
-  p.n = f.k;
-  p.k = f.n;
-  p.kind = product_kind(call);
-  p.out = call.grad_x;
-  p.out_dtype = call.grad_x_dtype;
-  p.out_stride = f.k;
-  return p;
+  return gradient_problem(call, f.m, f.n, call.grad_x, call.grad_x_dtype);
 }
 
 // grad_weight [n, k] = g^T [n, m] x [m, k]
 LinearProblem weight_problem(const LinearGradients& call) {
   const LinearProblem& f = call.forward.problem;
-  LinearProblem p;
-  p.m = f.n;
-  p.n = f.k;
-  p.k = f.m;
-  p.kind = product_kind(call);
-  p.out = call.grad_weight;
-  p.out_dtype = call.grad_weight_dtype;
-  p.out_stride = f.k;
-  return p;
+  return gradient_problem(call, f.n, f.m, call.grad_weight, call.grad_weight_dtype);
 }
 
 int64_t right_bytes(const LinearProblem& p) { return kernels().quantized.packed_bytes(p.kind, p.n, p.k, 0); }

@@ -407,7 +407,7 @@ inline void prepare_query(const TopkScan& s, int64_t i, float* row, double* work
     VecF squared = {};
     for (int64_t j = 0; j < padded; j += kLanes) {
       const VecF x = load(row + j);
-      const VecF near = s.codes == Dtype::kBF16 && !s.stream ? (VecF)(to_bf16_bits(x) << 16) : x;
+      const VecF near = s.codes == Dtype::kBF16 && !s.stream ? round_through_bf16(x) : x;
       squared += (x - near) * (x - near);
       store(wide + j, near);
     }

@@ -310,3 +310,44 @@ def test_option_files(run: Run, tmp_path: Path) -> None:
     assert (code, "got 1000" in err) == (2, True)
     code, _, err = run("bench", "--config", "o.json", "--seconds", "61")
     assert (code, "got 61" in err) == (2, True)  # the command line wins
+
+
+def test_caption_writes_a_line_per_picture(run: Run, pictures: Path, tmp_path: Path) -> None:
+    """A captioner that has seen coloured squares often enough names their colour."""
+    folder = tmp_path / "coca"
+    options = {
+        "embed_dim": 32,
+        "vision": {"image_size": 16, "layers": 1, "width": 32, "patch_size": 8, "heads": 2},
+        "text": {"layers": 1, "width": 32, "heads": 2, "context_length": 10},
+        "decoder_layers": 1,
+        "pool_queries": 3,
+        "pool_heads": 2,
+    }
+    code, _, err = run(
+        *("train", "--model", "coca-emoji", "--model-options", json.dumps(options), "--data", pictures),
+        *("--output", folder, "--epochs", 60, "--batch-size", 16, "--lr", 3e-3, "--vocab-size", 530),
+        *("--augment", 0, "--precision", "float32", "--threads", 1, "--no-report", "--val-share", 0),
+    )
+    assert code == 0, err
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert rows[-2]["caption"] < rows[0]["caption"] / 4
+    files = [pictures / colour / f"{colour}1.png" for colour in ("red", "blue")]
+    for method in ("greedy", "beam"):
+        code, out, _ = run("caption", *files, "--model", folder, "--method", method)
+        assert code == 0
+        assert [line.split(": ")[1] for line in out.splitlines()] == ["red", "blue"]
+    code, out, _ = run(
+        "caption", files[0], tmp_path / "gone.png", "--model", folder, "--json", "--method", "top_p"
+    )
+    assert code == 2
+    content = json.loads(out)
+    assert len(content["results"]) == len(content["skipped"]) == 1
+    code, _, err = run("caption", files[0], "--model", folder, "--max-length", 11)
+    assert code == 2
+    assert "at most the context length 10" in err
+
+
+def test_caption_needs_a_captioner(run: Run, pictures: Path, trained: Path) -> None:
+    code, _, err = run("caption", pictures / "red" / "red1.png", "--model", trained)
+    assert code == 2
+    assert "is a CLIP, which writes no captions" in err

@@ -140,3 +140,14 @@ def test_bad_inputs_are_named():
         ImageTransform(0)
     with pytest.raises(ValueError, match=r"scale must be a range within \(0, 1\], got \(0.9, 0.8\)"):
         ImageTransform(8, scale=(0.9, 0.8))
+
+
+def test_siglip_squashes_and_align_squashes_and_crops():
+    image = picture(90, 60)
+    siglip, align = (transform_for(models.create(name)) for name in ("siglip-emoji", "align-emoji"))
+    expected = image.resize((48, 48), Image.Resampling.BICUBIC)
+    assert torch.equal(siglip.denormalize(siglip(image)), pixels(expected))
+    large = image.resize((57, 57), Image.Resampling.BILINEAR)  # 48 * 346 / 289
+    assert torch.equal(align.denormalize(align(image)), pixels(large.crop((4, 4, 52, 52))))
+    with pytest.raises(ValueError, match="resize must be one of"):
+        ImageTransform(8, resize="fit")

@@ -12,10 +12,14 @@ from typing import Any
 
 
 def run_program(
-    source: str, *, timeout: float = 120.0, check: bool = True, **environment: str
+    source: str, *arguments: Any, timeout: float = 120.0, check: bool = True, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs Python source; `environment` is added to this process's own."""
-    command = [sys.executable, "-c", textwrap.dedent(source)]
+    """Runs Python source, with `arguments` in its sys.argv; `environment` is added to this process's own.
+
+    Raises:
+        AssertionError: it ended with another exit status than 0, and `check`.
+    """
+    command = [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)]
     # The interpreter puts the working directory into sys.path: started here, it cannot take the source tree for the
     # installed package.
     done = subprocess.run(

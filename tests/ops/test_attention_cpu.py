@@ -3,11 +3,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-import threading
+from functools import partial
 from typing import Any
 
 import cases
@@ -17,19 +13,24 @@ import torch.nn.functional as F
 from attention_problems import INF, MIXED, eager, packed, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import (
+    ALLOCATIONS_AND_VIEWS,
+    Inside,
+    assert_undisturbed_by_threads,
+    isa_levels,
+    needs_cpu_kernels,
+    run,
+    saved_at,
+)
 from oracle import assert_as_accurate, assert_typically_as_accurate
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmkernels as vk
-from vlmkernels import _native
 from vlmkernels.ops import _attention_ops as ops
 from vlmkernels.ops._library import registered_ops
 from vlmkernels.ops.reference import attention as reference
 
-pytestmark = pytest.mark.skipif(
-    _native.cpu_reason is not None, reason=f"vlmkernels._cpu: {_native.cpu_reason}"
-)
+pytestmark = needs_cpu_kernels
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 #: Beside the cases of every backend: several blocks of keys and of queries, heads that share them, wide heads.
@@ -45,14 +46,6 @@ LONG = (
     cases.AttentionCase(1, 1, 1, 1),
     cases.AttentionCase(1, 19, 2, 300, Lk=70),
 )
-
-
-@pytest.fixture
-def set_threads():
-    """`torch.set_num_threads`, put back after the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def on_cpu(**arguments: Any) -> Tensor:
@@ -83,19 +76,6 @@ def assert_accurate(case: cases.AttentionCase, dtype: torch.dtype, results: list
         rule(
             [r[name] for r in results], [t[name] for t in theirs], [e[name] for e in exact], f"{case} {name}"
         )
-
-
-def run(script: str, *arguments: Any, **environment: str) -> str:
-    """Output of a Python program in a process of its own, which sees this folder and the package under test."""
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
 
 
 # Accuracy.
@@ -326,14 +306,12 @@ def test_varlen_dropout_counts_sequences_and_places() -> None:
 
 @each_dtype
 @pytest.mark.parametrize("case", [MIXED, *LONG[:6], cases.AttentionCase(5, 77, 4, 64, bias="11")], ids=str)
-def test_bits_do_not_depend_on_threads_or_repetition(
-    case: cases.AttentionCase, dtype: torch.dtype, set_threads
-) -> None:
+def test_bits_do_not_depend_on_threads_or_repetition(case: cases.AttentionCase, dtype: torch.dtype) -> None:
     tensors, options = case.tensors(dtype), case.options()
-    set_threads(1)
+    torch.set_num_threads(1)
     first = with_gradients(on_cpu, tensors, **options)
     for threads in (2, 3, 2):
-        set_threads(threads)
+        torch.set_num_threads(threads)
         again = with_gradients(on_cpu, tensors, **options)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
@@ -341,22 +319,7 @@ def test_bits_do_not_depend_on_threads_or_repetition(
 def test_python_threads_do_not_disturb_each_other() -> None:
     case = cases.AttentionCase(3, 65, 4, 32)
     problems = [case.tensors(torch.float32, seed=10 * i) for i in range(4)]
-    expected = [with_gradients(on_cpu, tensors) for tensors in problems]
-    results: list[list[dict[str, Tensor]]] = [[] for _ in problems]
-
-    def work(index: int) -> None:
-        for _ in range(3):
-            results[index].append(with_gradients(on_cpu, problems[index]))
-
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    for index, repeated in enumerate(results):
-        assert len(repeated) == 3
-        for once in repeated:
-            assert all(torch.equal(result, expected[index][name]) for name, result in once.items())
+    assert_undisturbed_by_threads([partial(with_gradients, on_cpu, tensors) for tensors in problems])
 
 
 FORKED = """
@@ -401,26 +364,6 @@ IMPLEMENTATIONS = {
     ops.attention_varlen_backward: ops._varlen_backward_impl,
 }
 
-ALLOCATIONS_AND_VIEWS = {"empty", "new_empty", "detach", "alias", "unbind", "select", "view", "as_strided"}
-
-
-class Inside(TorchDispatchMode):
-    """Notes every torch op that runs inside the implementations of our own ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ours: list[Any] = []
-        self.inside: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in IMPLEMENTATIONS:
-            self.ours.append(func)
-            with self:  # straight to the implementation: calling the op again would only bring us back here
-                return IMPLEMENTATIONS[func](*args)
-        if self.ours:
-            self.inside.append(func._schema.name.removeprefix("aten::"))
-        return func(*args, **(kwargs or {}))
-
 
 @each_dtype
 @pytest.mark.parametrize("kind", ["plain", "packed", "varlen"])
@@ -429,7 +372,7 @@ def test_a_call_issues_only_allocations_and_views(kind: str, dtype: torch.dtype)
         q, k, v, *ends = packed(((50, 30), (50, 40)), dtype)
         leaves = [x.requires_grad_() for x in (q, k, v)]
         upstream = torch.randn_like(q)
-        with Inside() as mode:
+        with Inside(IMPLEMENTATIONS) as mode:
             out = vk.attention_varlen(*leaves, *ends, is_causal=True, backend="cpu")
             torch.autograd.grad(out, leaves, upstream)
     else:
@@ -440,7 +383,7 @@ def test_a_call_issues_only_allocations_and_views(kind: str, dtype: torch.dtype)
         leaves = [*qkv.detach().unbind(2)] if kind == "plain" else [qkv]
         leaves = [*(x.requires_grad_() for x in leaves), bias]
         function = vk.attention if kind == "plain" else vk.attention_qkvpacked
-        with Inside() as mode:
+        with Inside(IMPLEMENTATIONS) as mode:
             out = function(*leaves[:-1], bias=bias, key_mask=mask, is_causal=True, backend="cpu")
             torch.autograd.grad(out, leaves, upstream)
     assert len(mode.ours) == 2
@@ -513,56 +456,11 @@ def test_compiled_in_one_graph_gives_the_same(name: str) -> None:
 
 
 GUARDED = """
-    import ctypes, mmap, sys, torch
-    from torch.utils._python_dispatch import TorchDispatchMode
+    import torch
     import cases, vlmkernels as vk
     from attention_problems import packed
+    from kernel_checks import GuardedAllocations, guarded
     from test_attention_cpu import IMPLEMENTATIONS, LONG
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    regions = []
-
-    def guarded_bytes(count):
-        '''Writable memory whose last byte lies just before a page that must not be touched.'''
-        pages = -(-count // mmap.PAGESIZE) + 1
-        region = mmap.mmap(-1, pages * mmap.PAGESIZE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(region))
-        if libc.mprotect(start + (pages - 1) * mmap.PAGESIZE, mmap.PAGESIZE, 0) != 0:
-            raise OSError(ctypes.get_errno(), "mprotect")
-        regions.append(region)
-        offset = (pages - 1) * mmap.PAGESIZE - count
-        return (ctypes.c_char * count).from_address(start + offset)
-
-    def guarded_empty(shape, dtype):
-        count = torch.empty(shape, dtype=dtype, device="meta").numel()
-        if count == 0:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(guarded_bytes(count * dtype.itemsize), dtype=dtype).view(shape)
-
-    def guarded(x):
-        return guarded_empty(x.shape, x.dtype).copy_(x) if isinstance(x, torch.Tensor) else x
-
-    class GuardedAllocations(TorchDispatchMode):
-        '''Outputs and workspaces end at such a page too.'''
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            kwargs = kwargs or {}
-            if func in IMPLEMENTATIONS:
-                with self:
-                    return IMPLEMENTATIONS[func](*args)
-            result = func(*args, **kwargs)
-            if func._schema.name in ("aten::empty", "aten::new_empty"):
-                if result.is_contiguous() and result.numel():
-                    self.count += 1
-                    return guarded_empty(result.shape, result.dtype)
-            return result
-
-    if sys.argv[1] == "break":
-        x = guarded(torch.zeros(100))
-        ctypes.memset(x.data_ptr() + 400, 0, 1)
-        print("survived")
 
     def results(tensors, rest, function, **options):
         leaves = [x.detach().requires_grad_() for x in tensors.values()]
@@ -577,7 +475,7 @@ GUARDED = """
         expected = results(tensors, rest, function, **options)
         tensors = {name: guarded(x) for name, x in tensors.items()}
         options = {name: guarded(x) for name, x in options.items()}
-        with GuardedAllocations() as mode:
+        with GuardedAllocations(IMPLEMENTATIONS) as mode:
             ours = results(tensors, [guarded(x) for x in rest], function, **options)
         assert mode.count >= 5, "no output was guarded"
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
@@ -600,12 +498,7 @@ GUARDED = """
 
 
 def test_nothing_is_read_or_written_behind_a_buffer() -> None:
-    assert "in bounds" in run(GUARDED, "check")
-
-
-def test_the_guard_pages_are_really_there() -> None:
-    with pytest.raises(AssertionError, match="exit code -"):
-        run(GUARDED, "break")
+    assert "in bounds" in run(GUARDED)
 
 
 # Instruction sets.
@@ -637,15 +530,9 @@ AT_EVERY_LEVEL = (
 )
 
 
-def isa_levels() -> list[str]:
-    return _native.cpu.isa_levels() if _native.cpu_reason is None else []
-
-
 @pytest.mark.parametrize("isa", isa_levels())
 def test_every_instruction_set_is_as_accurate_as_eager(isa: str, tmp_path) -> None:
-    run(EVERY_CASE, tmp_path / "results.pt", VLMKERNELS_CPU_ISA=isa)
-    saved = torch.load(tmp_path / "results.pt")
-    assert saved["isa"] == isa
+    saved = saved_at(isa, EVERY_CASE, tmp_path)
     assert len(saved["results"]) == 2 * len(AT_EVERY_LEVEL)
     for (index, dtype), results in saved["results"].items():
         assert_accurate(AT_EVERY_LEVEL[index], dtype, results)

@@ -5,23 +5,27 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
 import sys
-import textwrap
-import threading
+from functools import partial
 
 import pytest
 import torch
 from cases import LAYOUTS, SIZES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import (
+    ALLOCATIONS_AND_VIEWS,
+    Inside,
+    assert_undisturbed_by_threads,
+    isa_levels,
+    needs_cpu_kernels,
+    run,
+    saved_at,
+)
 from linear_problems import ACTIVATIONS, activate, quantized_operands, random
 from oracle import assert_as_accurate, assert_typically_as_accurate
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlmkernels import _native
-from vlmkernels.ops import _library, _linear_cpu
+from vlmkernels.ops import _linear_cpu
 from vlmkernels.ops import linear as linear_module  # noqa: F401  the function hides the module of the same name
 from vlmkernels.ops import quantized as ops
 from vlmkernels.ops.quantized import quantize_weight, quantized_linear
@@ -29,40 +33,17 @@ from vlmkernels.ops.quantized import quantize_weight, quantized_linear
 linear_file = sys.modules["vlmkernels.ops.linear"]
 linear = linear_file.linear
 
-pytestmark = pytest.mark.skipif(
-    _native.cpu_reason is not None, reason=f"vlmkernels._cpu: {_native.cpu_reason}"
-)
+pytestmark = needs_cpu_kernels
 CPU_SCHEMES = ("w8a8", "w8a16", "w4a16", "bf16")
 DTYPES = (torch.float32, torch.bfloat16)
 each_scheme = pytest.mark.parametrize("scheme", CPU_SCHEMES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
-@pytest.fixture
-def set_threads():
-    """`torch.set_num_threads`, put back after the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def problem(m, k, n, *, seed=0, dtype=torch.float32):
     """x, weight, bias, residual of everyday size."""
     x, weight = random(m, k, seed=seed, dtype=dtype), random(n, k, seed=seed + 1) / math.sqrt(max(k, 1))
     return x, weight, random(n, seed=seed + 2, dtype=dtype), random(m, n, seed=seed + 3, dtype=dtype)
-
-
-def run(script, *arguments, **environment):
-    """Output of a Python program in a process of its own, which sees this folder and the package under test."""
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
 
 
 # Values.
@@ -271,12 +252,12 @@ def test_gradients_of_activations_of_three_dimensions_that_no_stride_joins():
 
 @each_scheme
 @each_dtype
-def test_bits_depend_neither_on_threads_nor_on_the_batch(scheme, dtype, set_threads):
+def test_bits_depend_neither_on_threads_nor_on_the_batch(scheme, dtype):
     x, weight, bias, _ = problem(300, 256, 200, dtype=dtype)
     qweight = quantize_weight(weight, scheme)
     results = []
     for threads in (1, 2, 3, 7):
-        set_threads(threads)
+        torch.set_num_threads(threads)
         results.append(quantized_linear(x, qweight, bias, activation="gelu", backend="cpu"))
         results.append(quantized_linear(x, qweight, bias, activation="gelu", backend="cpu"))
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -286,12 +267,12 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(scheme, dtype, set_thre
 
 
 @each_dtype
-def test_gradients_have_the_same_bits_with_any_number_of_threads(dtype, set_threads):
+def test_gradients_have_the_same_bits_with_any_number_of_threads(dtype):
     x, weight, bias, _ = problem(300, 96, 200, dtype=dtype)
     grad = random(300, 200, seed=7, dtype=dtype)
     results = []
     for threads in (1, 2, 3, 3):
-        set_threads(threads)
+        torch.set_num_threads(threads)
         inputs = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
         y = linear(*inputs, activation="gelu", backend="cpu")
         results.append((y.detach(), *torch.autograd.grad(y, inputs, grad)))
@@ -302,21 +283,11 @@ def test_gradients_have_the_same_bits_with_any_number_of_threads(dtype, set_thre
 def test_python_threads_do_not_disturb_each_other():
     problems = [problem(60, 128, 90, seed=10 * seed) for seed in range(4)]
     weights = [quantize_weight(weight, "w8a8") for _, weight, *_ in problems]
-    expected = [quantized_linear(p[0], w, backend="cpu") for p, w in zip(problems, weights, strict=True)]
-    results = [[] for _ in problems]
-
-    def work(index):
-        for _ in range(5):
-            results[index].append(quantized_linear(problems[index][0], weights[index], backend="cpu"))
-
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    for index, repeated in enumerate(results):
-        assert len(repeated) == 5
-        assert all(torch.equal(once, expected[index]) for once in repeated)
+    calls = [
+        partial(quantized_linear, x, weight, backend="cpu")
+        for (x, *_), weight in zip(problems, weights, strict=True)
+    ]
+    assert_undisturbed_by_threads(calls, repetitions=5)
 
 
 # What a call issues.
@@ -329,43 +300,6 @@ IMPLEMENTATIONS = {
 }
 
 
-class Inside(TorchDispatchMode):
-    """Notes every op that runs inside the implementations of our own ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.ours, self.inside, self._depth = [], [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.namespace != _library.NAMESPACE:
-            result = func(*args, **kwargs)
-            if self._depth:
-                name = func._schema.name.removeprefix("aten::")
-                copies = name == "flatten" and result.data_ptr() != args[0].data_ptr()
-                self.inside.append("flatten with a copy" if copies else name)
-            return result
-        self.ours.append(func)
-        self._depth += 1
-        try:
-            with self:
-                return IMPLEMENTATIONS[func](*args)
-        finally:
-            self._depth -= 1
-
-
-ALLOCATIONS_AND_VIEWS = {
-    "empty",
-    "new_empty",
-    "empty_like",
-    "view",
-    "flatten",
-    "detach",
-    "alias",
-    "expand",
-}
-
-
 @pytest.mark.parametrize("op", [*CPU_SCHEMES, "linear"])
 @pytest.mark.parametrize("shape", [(20,), (2, 10), (2, 5, 2)])
 def test_a_call_issues_only_allocations_and_views(op, shape):
@@ -375,7 +309,7 @@ def test_a_call_issues_only_allocations_and_views(op, shape):
     qweight = None if op == "linear" else quantize_weight(weight, op)
     weight.requires_grad_()
     grad = torch.ones(*shape, 12)
-    with Inside() as mode:
+    with Inside(IMPLEMENTATIONS) as mode:
         if qweight is None:
             y = linear(x, weight, bias, activation="gelu", residual=residual, backend="cpu")
             torch.autograd.grad(y, (x, weight, bias), grad)
@@ -464,51 +398,10 @@ def test_a_weight_of_a_trace_is_packed_later():
 # Bounds.
 
 GUARDED = """
-    import ctypes, mmap, sys, torch
-    from torch.utils._python_dispatch import TorchDispatchMode
+    import torch
+    from kernel_checks import GuardedAllocations, guarded
     from test_quantized_cpu import IMPLEMENTATIONS, CPU_SCHEMES, DTYPES, linear, problem, quantized_linear
     from vlmkernels.ops.quantized import QuantizedWeight, quantize_weight
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    regions = []
-
-    def guarded_empty(shape, dtype):
-        '''A tensor whose last byte lies just before a page that must not be touched.'''
-        count = torch.empty(shape, dtype=dtype, device="meta").numel() * dtype.itemsize
-        if count == 0:
-            return torch.empty(shape, dtype=dtype)
-        pages = -(-count // mmap.PAGESIZE) + 1
-        region = mmap.mmap(-1, pages * mmap.PAGESIZE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(region))
-        if libc.mprotect(start + (pages - 1) * mmap.PAGESIZE, mmap.PAGESIZE, 0) != 0:
-            raise OSError(ctypes.get_errno(), "mprotect")
-        regions.append(region)
-        raw = (ctypes.c_char * count).from_address(start + (pages - 1) * mmap.PAGESIZE - count)
-        return torch.frombuffer(raw, dtype=dtype).view(shape)
-
-    def guarded(x):
-        return None if x is None else guarded_empty(x.shape, x.dtype).copy_(x)
-
-    class GuardedAllocations(TorchDispatchMode):
-        '''Outputs, packed weights and workspaces end at such a page too.'''
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            kwargs = kwargs or {}
-            if func in IMPLEMENTATIONS:
-                with self:
-                    return IMPLEMENTATIONS[func](*args)
-            result = func(*args, **kwargs)
-            if func._schema.name in ("aten::empty", "aten::new_empty") and result.numel():
-                self.count += 1
-                return guarded_empty(result.shape, result.dtype)
-            return result
-
-    if sys.argv[1] == "break":
-        x = guarded(torch.zeros(100))
-        ctypes.memset(x.data_ptr() + 400, 0, 1)
-        print("survived")
 
     sizes = ((1, 32, 1), (3, 64, 5), (4, 96, 49), (9, 160, 33), (17, 32, 97), (129, 64, 15))
     for scheme in (*CPU_SCHEMES, "linear"):
@@ -536,7 +429,7 @@ GUARDED = """
                     q = quantize_weight(weight, scheme)
                     tensors = (q.weight_q, q.scale, q.zero_point)
                 expected = results(x, weight, bias, residual, grad, tensors)
-                with GuardedAllocations() as mode:
+                with GuardedAllocations(IMPLEMENTATIONS) as mode:
                     found = results(*map(guarded, (x, weight, bias, residual, grad)), tuple(map(guarded, tensors)))
                 assert mode.count >= 4, "no output was guarded"
                 for a, b in zip(found, expected, strict=True):
@@ -547,12 +440,7 @@ GUARDED = """
 
 
 def test_nothing_is_read_or_written_behind_a_buffer():
-    assert "in bounds" in run(GUARDED, "check")
-
-
-def test_the_guard_pages_are_really_there():
-    with pytest.raises(AssertionError, match="exit code -"):
-        run(GUARDED, "break")
+    assert "in bounds" in run(GUARDED)
 
 
 # Instruction sets.
@@ -597,10 +485,6 @@ def results_of(backend):
     return found
 
 
-def isa_levels():
-    return _native.cpu.isa_levels() if _native.cpu_reason is None else []
-
-
 @pytest.fixture(scope="module")
 def reference_results():
     return results_of("reference")
@@ -608,9 +492,7 @@ def reference_results():
 
 @pytest.mark.parametrize("isa", isa_levels())
 def test_every_instruction_set_is_exact_in_int8_and_as_accurate_as_eager(isa, tmp_path, reference_results):
-    run(EVERY_PROBLEM, tmp_path / "results.pt", VLMKERNELS_CPU_ISA=isa)
-    saved = torch.load(tmp_path / "results.pt")
-    assert saved["isa"] == isa
+    saved = saved_at(isa, EVERY_PROBLEM, tmp_path)
     for name in ("extreme", "int8"):
         assert torch.equal(saved["results"][name], reference_results[name]), name
     for scheme, (m, k, n), dtype in isa_problems():

@@ -4,11 +4,7 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-import textwrap
-import threading
+from functools import partial
 
 import pytest
 import torch
@@ -16,15 +12,20 @@ import torch.nn.functional as F
 from cases import LAYOUTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from kernel_checks import (
+    ALLOCATIONS_AND_VIEWS,
+    Inside,
+    assert_undisturbed_by_threads,
+    isa_levels,
+    needs_cpu_kernels,
+    run,
+    saved_at,
+)
 
 import vlmkernels as vk
-from vlmkernels import _native
-from vlmkernels.ops import _index_store, _library, _topk_cpu, flat_index, topk
+from vlmkernels.ops import _index_store, _topk_cpu, flat_index, topk
 
-pytestmark = pytest.mark.skipif(
-    _native.cpu_reason is not None, reason=f"vlmkernels._cpu: {_native.cpu_reason}"
-)
+pytestmark = needs_cpu_kernels
 
 METRICS = ("dot", "cosine", "l2")
 STORAGES = ("float32", "bfloat16", "int8")
@@ -56,19 +57,6 @@ def assert_like_reference(queries, database, k, metric, mask=None):
     options = {"metric": metric, "mask": mask}
     wanted = vk.topk_similarity(queries, database, k, backend="reference", **options)
     assert_bits(vk.topk_similarity(queries, database, k, backend="cpu", **options), wanted)
-
-
-def run(script, *arguments, **environment):
-    """Output of a Python program in a process of its own, which sees this folder and the package under test."""
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
 
 
 # Values: those of the reference, bit for bit.
@@ -194,21 +182,7 @@ def test_python_threads_search_one_index(storage):
     index = vk.FlatIndex(64, storage=storage)
     index.add(randn(4000, 64))
     queries = [randn(n, 64, seed=n) for n in (1, 3, 12, 40)]
-    wanted = [index.search(q, 10) for q in queries]
-    failures = []
-
-    def work(i):
-        for _ in range(10):
-            got = index.search(queries[i], 10)
-            if not all(torch.equal(a, b) for a, b in zip(got, wanted[i], strict=True)):
-                failures.append(i)
-
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(queries))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    assert_undisturbed_by_threads([partial(index.search, q, 10) for q in queries], repetitions=10)
 
 
 # Codes with bounds: answers are those of the float32 vectors, whatever the data.
@@ -392,11 +366,6 @@ def test_a_mapped_index_larger_than_the_memory_limit(tmp_path, storage):
 
 # What a call issues.
 
-ALLOCATIONS_AND_VIEWS = {
-    "empty", "new_empty", "empty_like", "detach", "view", "reshape", "slice", "select", "expand", "alias",
-    "_unsafe_view",
-    "unsqueeze",
-}  # fmt: skip
 
 IMPLEMENTATIONS = {
     topk.topk_similarity_op: topk._topk_impl,
@@ -406,32 +375,11 @@ IMPLEMENTATIONS = {
 }
 
 
-class Inside(TorchDispatchMode):
-    """Notes every op that runs inside the implementations of our own ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.ours, self.inside, self._depth = [], [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace != _library.NAMESPACE:
-            if self._depth:
-                self.inside.append(func._schema.name.removeprefix("aten::"))
-            return func(*args, **(kwargs or {}))
-        self.ours.append(func)
-        self._depth += 1
-        try:
-            with self:
-                return IMPLEMENTATIONS[func](*args)
-        finally:
-            self._depth -= 1
-
-
 @pytest.mark.parametrize("mask", [None, (50,), (4, 50)])
 def test_a_call_issues_only_allocations_and_views(mask):
     queries, database = randn(4, 16), randn(50, 16, seed=1)
     allowed = None if mask is None else torch.rand(mask) < 0.5
-    with Inside() as mode:
+    with Inside(IMPLEMENTATIONS) as mode:
         vk.topk_similarity(queries, database, 3, mask=allowed, backend="cpu")
         vk.zero_shot(queries, database, torch.tensor(9.0), backend="cpu")
         vk.zero_shot(queries, database.view(10, 5, 16), torch.tensor(9.0), backend="cpu")
@@ -447,7 +395,7 @@ def test_gradients_issue_only_allocations_and_views(dtype, prompts):
     needs = [True, True]
     classes = database.view(10, 5, 16) if prompts else database
     scale, lse = torch.tensor(9.0), torch.zeros(4)
-    with Inside() as mode:
+    with Inside(IMPLEMENTATIONS) as mode:
         for metric in ("dot", "cosine", "l2"):
             topk.topk_similarity_backward_op(
                 torch.ones(4, 3), queries, database, indices, metric, "cpu", needs
@@ -619,51 +567,11 @@ def test_zero_shot_of_classes_that_bounds_cannot_describe():
 # Bounds.
 
 GUARDED = """
-    import ctypes, mmap, sys, torch
-    from torch.utils._python_dispatch import TorchDispatchMode
+    import torch
+    from kernel_checks import GuardedAllocations, guarded, release_guarded
     from test_topk_cpu import IMPLEMENTATIONS
     import vlmkernels as vk
     from vlmkernels.ops import _topk_cpu
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    regions = []
-
-    def guarded_empty(shape, dtype):
-        '''A tensor whose last byte lies just before a page that must not be touched.'''
-        numel = torch.empty(shape, dtype=dtype, device="meta").numel()
-        if numel == 0:
-            return torch.empty(shape, dtype=dtype)
-        count = numel * dtype.itemsize
-        pages = -(-count // mmap.PAGESIZE) + 1
-        region = mmap.mmap(-1, pages * mmap.PAGESIZE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(region))
-        if libc.mprotect(start + (pages - 1) * mmap.PAGESIZE, mmap.PAGESIZE, 0) != 0:
-            raise OSError(ctypes.get_errno(), "mprotect")
-        regions.append(region)
-        offset = (pages - 1) * mmap.PAGESIZE - count
-        return torch.frombuffer((ctypes.c_char * count).from_address(start + offset), dtype=dtype).view(shape)
-
-    def guarded(x):
-        return guarded_empty(x.shape, x.dtype).copy_(x)
-
-    class GuardedAllocations(TorchDispatchMode):
-        '''Outputs and workspaces end at such a page too.'''
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "vlmkernels":
-                with self:
-                    return IMPLEMENTATIONS[func](*args)
-            result = func(*args, **(kwargs or {}))
-            if func._schema.name in ("aten::empty", "aten::new_empty") and result.numel():
-                self.count += 1
-                return guarded_empty(result.shape, result.dtype)
-            return result
-
-    if sys.argv[1] == "break":
-        ctypes.memset(guarded(torch.zeros(100)).data_ptr() + 400, 0, 1)
-        print("survived")
 
     generator = torch.Generator().manual_seed(0)
     for n, m, d, k in ((1, 1, 1, 1), (3, 17, 3, 2), (8, 250, 47, 20), (9, 241, 33, 5), (20, 100, 65, 100)):
@@ -673,7 +581,7 @@ GUARDED = """
                 for shape in (None, (m,), (n, m)):
                     mask = None if shape is None else torch.rand(shape, generator=generator) < 0.5
                     plain = vk.topk_similarity(queries.to(dtype), database.to(dtype), k, metric=metric, mask=mask)
-                    with GuardedAllocations() as mode:
+                    with GuardedAllocations(IMPLEMENTATIONS) as mode:
                         got = vk.topk_similarity(guarded(queries.to(dtype)), guarded(database.to(dtype)), k,
                                                  metric=metric, mask=None if mask is None else guarded(mask))
                     assert mode.count >= 3
@@ -685,26 +593,21 @@ GUARDED = """
                 (segment,) = index._snapshot.segments
                 for name, column in segment.columns.items():
                     segment.columns[name] = guarded(column[: segment.count])
-                with GuardedAllocations():
+                with GuardedAllocations(IMPLEMENTATIONS):
                     got = index.search(guarded(queries), k)
                     index.range_search(guarded(queries), 0.0)
                 assert all(torch.equal(a, b) for a, b in zip(got, plain)), (n, m, d, k, metric, storage)
-        with GuardedAllocations():
+        with GuardedAllocations(IMPLEMENTATIONS):
             vk.zero_shot(guarded(queries), guarded(database), torch.tensor(3.0), k=k)
             _topk_cpu.encode_rotated(guarded(database), guarded(queries[0]))
             _topk_cpu.class_vectors(guarded(database.view(1, m, d)))
-        regions.clear()
+        release_guarded()
     print("in bounds")
 """
 
 
 def test_nothing_is_read_or_written_behind_a_buffer():
-    assert "in bounds" in run(GUARDED, "check")
-
-
-def test_the_guard_pages_are_really_there():
-    with pytest.raises(AssertionError, match="exit code -"):
-        run(GUARDED, "break")
+    assert "in bounds" in run(GUARDED)
 
 
 # Instruction sets.
@@ -739,15 +642,9 @@ EVERY_PROBLEM = """
 """
 
 
-def isa_levels():
-    return _native.cpu.isa_levels() if _native.cpu_reason is None else []
-
-
 @pytest.mark.parametrize("isa", isa_levels())
 def test_every_instruction_set_gives_the_bits_of_the_reference(isa, tmp_path):
-    run(EVERY_PROBLEM, tmp_path / "results.pt", VLMKERNELS_CPU_ISA=isa)
-    saved = torch.load(tmp_path / "results.pt")
-    assert saved["isa"] == isa
+    saved = saved_at(isa, EVERY_PROBLEM, tmp_path)
     results = saved["results"]
     probabilities, indices, lse = results.pop("zero_shot")
     wanted = vk.zero_shot(randn(20, 64), randn(300, 64, seed=1), 10.0, k=7, backend="reference")

@@ -15,14 +15,13 @@ import torch
 from vlmkernels.data import emoji, tokenizer_for
 from vlmkernels.data.sources import decode_picture
 from vlmkernels.models import (
-    CLIP,
-    CLIPConfig,
     create,
     list_models,
     load_checkpoint,
     load_state_dict_file,
     pretrained_dir,
 )
+from vlmkernels.models._registry import architecture
 from vlmkernels.nn.quantize import quantize_
 from vlmkernels.train.corpora import over_white
 from vlmkernels.train.evaluation import Encoder, average_prompts
@@ -56,7 +55,7 @@ def load_encoder(name: str) -> Encoder:
     if (Path(name) / QUANTIZATION).is_file():
         return _load_quantized(Path(name))
     if Path(name).exists():
-        model: CLIP = load_checkpoint(name)
+        model: Any = load_checkpoint(name)
     elif name.lower() not in known:
         raise FileNotFoundError(f"--model: {name} is neither a path nor the name of a model")
     elif not (pretrained_dir(name) / "model.safetensors").is_file():
@@ -64,7 +63,9 @@ def load_encoder(name: str) -> Encoder:
             f"--model: no weights of {name} ship with this installation; pass a checkpoint's path"
         )
     else:
-        model = create(name, pretrained=True)  # type: ignore[assignment]
+        model = create(name, pretrained=True)
+    if not hasattr(model, "encode_text"):
+        raise ValueError(f"--model: {name} is a {type(model).__name__}, which reads no text")
     # Weights may be stored in half precision; a CPU computes in float32.
     return Encoder(model.float(), tokenizer_for(model))
 
@@ -72,8 +73,9 @@ def load_encoder(name: str) -> Encoder:
 def _load_quantized(folder: Path) -> Encoder:
     """Builds the model with its layers quantized, and puts the stored codes where the random ones are."""
     settings = json.loads((folder / QUANTIZATION).read_text(encoding="utf-8"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-    model = CLIP(CLIPConfig.from_dict(config)).eval()
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = architecture(content.get("architecture", "CLIP"))
+    model: Any = kind.model(kind.config.from_dict(content["config"])).eval()
     quantize_(model, settings["scheme"], group_size=settings["group_size"])
     weights, _ = load_state_dict_file(folder)
     model.load_state_dict(weights)
@@ -99,6 +101,25 @@ def text_features(encoder: Encoder, texts: Sequence[str], templates: Sequence[st
     return average_prompts(encoder.prompts(texts, templates))
 
 
+def read_pictures(files: Sequence[Path], size: int) -> tuple[torch.Tensor, list[Path], list[str]]:
+    """Reads picture files, those of any size.
+
+    Returns:
+        uint8 [N, 3, size, size], the N files that could be read, and a sentence for each that could not.
+    """
+    pictures, kept, problems = [], [], []
+    for file in files:
+        try:
+            pictures.append(decode_picture(file, size))
+            kept.append(file)
+        except (ValueError, OSError) as error:
+            reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+            problems.append(f"{file}: {reason}")
+    if not pictures:
+        return torch.zeros(0, 3, size, size, dtype=torch.uint8), kept, problems
+    return over_white(torch.stack(pictures)), kept, problems
+
+
 def picture_features(encoder: Encoder, files: Sequence[Path]) -> tuple[torch.Tensor, list[Path], list[str]]:
     """Encodes picture files, those of any size.
 
@@ -108,16 +129,10 @@ def picture_features(encoder: Encoder, files: Sequence[Path]) -> tuple[torch.Ten
     size = encoder.model.config.vision.image_size
     features, kept, problems = [torch.zeros(0, encoder.model.config.embed_dim)], [], []
     for start in range(0, len(files), encoder.batch_size):
-        pictures = []
-        for file in files[start : start + encoder.batch_size]:
-            try:
-                pictures.append(decode_picture(file, size))
-                kept.append(file)
-            except (ValueError, OSError) as error:
-                reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-                problems.append(f"{file}: {reason}")
-        if pictures:
-            features.append(encoder.images(over_white(torch.stack(pictures))))
+        pictures, read, unread = read_pictures(files[start : start + encoder.batch_size], size)
+        kept += read
+        problems += unread
+        features.append(encoder.images(pictures))
     return torch.cat(features), kept, problems
 
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from vlmkernels._version import __version__
-from vlmkernels.cli import bench, classify, index, info, quantize, search, systems
+from vlmkernels.cli import anomalies, bench, caption, classify, index, info, quantize, search, systems
 from vlmkernels.cli import eval as evaluate
 from vlmkernels.cli import train as training
 from vlmkernels.cli._config import read_config
@@ -23,6 +23,8 @@ COMMANDS: dict[str, ModuleType] = {
     "train": training,
     "eval": evaluate,
     "classify": classify,
+    "anomalies": anomalies,
+    "caption": caption,
     "index": index,
     "search": search,
     "quantize": quantize,

@@ -18,6 +18,9 @@ __all__ = ["OPENAI_MEAN", "OPENAI_STD", "ImageTransform", "transform_for"]
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
+_RESIZES = ("crop", "squash", "squash_crop")
+_ALIGN_RATIO = 346 / 289
+
 
 class ImageTransform:
     """Resize, crop, scale to [0, 1], subtract mean, divide by deviation.
@@ -34,9 +37,11 @@ class ImageTransform:
         scale: Range of the area of the random crop, as a share of the largest square.
         background: Colour under transparent pixels; None drops the alpha channel, as OpenAI's preprocessing
             does.
+        resize: "crop" as above; "squash" resizes both sides to `size`, whatever the ratio (SigLIP); "squash_crop"
+            resizes both sides to 346 / 289 of it, bilinearly, and crops the centre (ALIGN).
 
     Raises:
-        ValueError: If size, std or scale is out of range.
+        ValueError: If size, std, scale or resize is out of range.
     """
 
     def __init__(
@@ -48,7 +53,10 @@ class ImageTransform:
         train: bool = False,
         scale: tuple[float, float] = (0.9, 1.0),
         background: tuple[int, int, int] | None = (255, 255, 255),
+        resize: str = "crop",
     ) -> None:
+        if resize not in _RESIZES:
+            raise ValueError(f"ImageTransform: resize must be one of {list(_RESIZES)}, got {resize!r}")
         if size < 1:
             raise ValueError(f"ImageTransform: size must be positive, got {size}")
         if min(std) <= 0.0:
@@ -61,6 +69,7 @@ class ImageTransform:
         self.train = train
         self.scale = scale
         self.background = background
+        self.resize = resize
 
     def __repr__(self) -> str:
         return f"ImageTransform(size={self.size}, train={self.train})"
@@ -157,6 +166,13 @@ class ImageTransform:
             left, top = across * (width - side), down * (height - side)
             box = (left, top, left + side, top + side)
             return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        if self.resize == "squash":
+            return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        if self.resize == "squash_crop":
+            side = round(self.size * _ALIGN_RATIO)
+            first = (side - self.size) // 2
+            image = image.resize((side, side), Image.Resampling.BILINEAR)
+            return image.crop((first, first, first + self.size, first + self.size))
         # Rounding as torchvision's Resize and CenterCrop do, so that features agree with those of other
         # programs.
         resized = (int(self.size * width / short), int(self.size * height / short))
@@ -198,4 +214,10 @@ def transform_for(model: nn.Module, train: bool = False) -> ImageTransform:
     vision = getattr(getattr(model, "config", None), "vision", None)
     if vision is None:
         raise TypeError(f"transform_for: expected a model with config.vision, got {type(model).__name__}")
-    return ImageTransform(vision.image_size, mean=vision.image_mean, std=vision.image_std, train=train)
+    return ImageTransform(
+        vision.image_size,
+        mean=vision.image_mean,
+        std=vision.image_std,
+        train=train,
+        resize=getattr(model, "image_resize", "crop"),
+    )

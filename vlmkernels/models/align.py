@@ -338,6 +338,7 @@ class ALIGN(Trainable, nn.Module):
     """
 
     default_label_smoothing = 0.1
+    image_resize = "squash_crop"  # what `vk.data.transform_for` does with pictures
 
     def __init__(self, config: ALIGNConfig) -> None:
         super().__init__()

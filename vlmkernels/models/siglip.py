@@ -174,6 +174,7 @@ class SigLIP(Trainable, nn.Module):
     """
 
     default_loss = "siglip"
+    image_resize = "squash"  # what `vk.data.transform_for` does with pictures that are no squares
 
     def __init__(self, config: SigLIPConfig) -> None:
         super().__init__()

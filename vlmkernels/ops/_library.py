@@ -60,6 +60,14 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _REGISTERED: dict[str, torch._ops.OpOverload] = {}
 
 
+# Asked once, because Dynamo cannot trace the question in torch 2.6.
+_AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")
+    if torch.amp.is_autocast_available(device)
+)
+
+
 def register_op(
     name: str,
     schema: str,
@@ -174,7 +182,7 @@ def like_inputs(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tupl
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast wants matmul operands in on this kind of device, None where autocast is off."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 

@@ -165,8 +165,8 @@ inline HalfWords to_bf16(VecF x) {
 #endif
 }
 
-// The same, in the low half of each lane.
-inline VecU to_bf16_bits(VecF x) { return __builtin_convertvector(to_bf16(x), VecU); }
+// The same as float32.
+inline VecF round_through_bf16(VecF x) { return (VecF)(__builtin_convertvector(to_bf16(x), VecU) << 16); }
 
 // Two registers of consecutive values as one of bf16, in their order.
 inline VecU to_bf16_row(VecF first, VecF second) {
@@ -177,15 +177,6 @@ inline VecU to_bf16_row(VecF first, VecF second) {
   VecU out;
   std::memcpy(&out, halves, sizeof out);
   return out;
-#endif
-}
-
-// The same as 16-bit values side by side.
-inline HalfWords to_half_words(VecF x) {
-#if defined(__AVX512BF16__)
-  return (HalfWords)_mm512_cvtneps_pbh((__m512)x);
-#else
-  return __builtin_convertvector(to_bf16_bits(x), HalfWords);
 #endif
 }
 

@@ -51,6 +51,12 @@ from vlmkernels.methods.zeroshot.cab import (
     recolour,
 )
 from vlmkernels.methods.zeroshot.cased import CaptionBank, CaSED, WordPrediction, emoji_captions
+from vlmkernels.methods.zeroshot.cased_dense import (
+    dense_features,
+    name_cells,
+    name_regions,
+    segmentation_scores,
+)
 from vlmkernels.methods.zeroshot.description import DescriptorClassifier, descriptor_sentence
 from vlmkernels.methods.zeroshot.fgvp import FGVP, MARKS, Referral, gaussian_blur, mark, match_texts
 from vlmkernels.methods.zeroshot.fudd import FuDD, pair_key
@@ -148,6 +154,7 @@ __all__ = [
     "cluster_vote",
     "combined_classifier",
     "composite_values",
+    "dense_features",
     "descriptor_sentence",
     "emoji_captions",
     "encoder_of",
@@ -175,6 +182,8 @@ __all__ = [
     "mean_squared_distance",
     "musc",
     "mutual_score",
+    "name_cells",
+    "name_regions",
     "next_class",
     "pac_bayes_bound",
     "pair_key",
@@ -189,6 +198,7 @@ __all__ = [
     "relation_matrix",
     "retrieve_support",
     "rscin",
+    "segmentation_scores",
     "select_templates",
     "semantic_iou",
     "semantic_similarity",
