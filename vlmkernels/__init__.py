@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public names of vlmkernels, and nothing else."""
 
-from vlmkernels import data, integrations, models, nn
+from vlmkernels import data, integrations, models, nn, train
 from vlmkernels._version import __version__
 from vlmkernels.diagnostics import backends
 from vlmkernels.nn.quantize import quantize_
@@ -21,11 +21,13 @@ from vlmkernels.ops.contrastive import (
 from vlmkernels.ops.flat_index import FlatIndex
 from vlmkernels.ops.linear import linear
 from vlmkernels.ops.quantized import QuantizedWeight, quantize_weight, quantized_linear
+from vlmkernels.ops.sharded_index import ShardedIndex
 from vlmkernels.ops.topk import topk_similarity, zero_shot
 
 __all__ = [
     "FlatIndex",
     "QuantizedWeight",
+    "ShardedIndex",
     "__version__",
     "attention",
     "attention_qkvpacked",
@@ -46,5 +48,6 @@ __all__ = [
     "scaled_dot_product_attention",
     "siglip_loss",
     "topk_similarity",
+    "train",
     "zero_shot",
 ]

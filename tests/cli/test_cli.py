@@ -57,6 +57,7 @@ def test_help_shows_defaults(run: Run) -> None:
         (["classify", "gone.png", "--labels", " , "], "there is no label"),
         (["search", "--index", "gone", "a heart"], "there is no index in gone"),
         (["index", "gone"], "there is no folder gone"),
+        (["index", ".", "--shards", "0"], "--shards must be at least 1, got 0"),
         (["bench"], "there are no suites in benchmarks"),
         (["bench", "--peak", "--seconds", "0"], "--seconds must lie between"),
     ],
@@ -132,11 +133,15 @@ def test_labels_from_a_file_and_templates(run: Run, trained: Path, pictures: Pat
     assert (code, "expected {}" in err) == (2, True)
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8"])
-def test_what_was_indexed_is_found(run: Run, trained: Path, pictures: Path, storage: str) -> None:
-    code, out, _ = run("index", pictures, "--model", trained, "--storage", storage, "--json")
+@pytest.mark.parametrize(("storage", "shards"), [("float32", 1), ("int8", 1), ("float32", 3)])
+def test_what_was_indexed_is_found(
+    run: Run, trained: Path, pictures: Path, storage: str, shards: int
+) -> None:
+    options = ["--model", trained, "--storage", storage, "--shards", shards]
+    code, out, _ = run("index", pictures, *options, "--json")
     assert code == 0
-    assert json.loads(out)["pictures"] == 32
+    assert (json.loads(out)["pictures"], json.loads(out)["shards"]) == (32, shards)
+    assert len(list(Path("vlmkernels-index").rglob("*.index"))) == shards
     code, out, _ = run("search", "green", "--template", "{}", "--top", 6, "--json")
     assert code == 0
     found = json.loads(out)["results"]
@@ -146,6 +151,47 @@ def test_what_was_indexed_is_found(run: Run, trained: Path, pictures: Path, stor
     assert similarities == sorted(similarities, reverse=True)
     _, text, _ = run("search", "green", "--template", "{}", "--top", 1)
     assert text.strip().endswith(found[0]["picture"])
+
+
+def test_shards_find_the_same_pictures_in_any_number_of_processes(
+    run: Run, trained: Path, pictures: Path, tmp_path: Path
+) -> None:
+    run("index", pictures, "--model", trained, "--output", "one")
+    _, out, _ = run("search", "green", "--index", "one", "--top", 9, "--json")
+    expected = json.loads(out)["results"]
+    run("index", pictures, "--model", trained, "--output", "three", "--shards", 3)
+    assert (
+        json.loads(Path("one/index.json").read_text())["files"]
+        == (json.loads(Path("three/index.json").read_text())["files"])
+    )
+    _, out, _ = run("search", "green", "--index", "three", "--top", 9, "--json")
+    assert json.loads(out)["results"] == expected
+
+
+@pytest.mark.slow
+def test_torchrun_indexes_and_searches_shards(
+    run: Run, trained: Path, pictures: Path, tmp_path: Path
+) -> None:
+    def torchrun(*arguments: object) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        result = subprocess.run(
+            [*command, "-m", "vlmkernels", *map(str, arguments)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert json.loads(torchrun("index", pictures, "--model", trained, "--json"))["shards"] == 2
+    found = json.loads(torchrun("search", "green", "--top", 5, "--json"))["results"]
+    _, out, _ = run("search", "green", "--top", 5, "--json")  # both shards in one process
+    assert json.loads(out)["results"] == found
+    run("index", pictures, "--model", trained, "--output", "one")
+    _, out, _ = run("search", "green", "--index", "one", "--top", 5, "--json")
+    assert json.loads(out)["results"] == found
 
 
 def test_an_index_leaves_out_what_cannot_be_read(

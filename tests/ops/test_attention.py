@@ -17,6 +17,7 @@ from oracle import assert_as_accurate
 from torch import Tensor
 
 import vlmkernels as vk
+from vlmkernels.ops.attention import attention_backend
 from vlmkernels.ops.reference import attention as reference
 
 CASES = pytest.mark.parametrize("case", cases.ATTENTION, ids=str)
@@ -432,3 +433,12 @@ def test_examples_in_the_docstrings() -> None:
     results = doctest.testmod(module, extraglobs={"torch": torch, "vk": vk})
     assert results.attempted >= 8
     assert results.failed == 0
+
+
+def test_attention_backend_names_what_would_serve_a_call() -> None:
+    q = torch.randn(1, 5, 2, 16)
+    served = "cpu" if vk.backends()["cpu"].available else "reference"
+    assert attention_backend(q, q, q) == served
+    assert attention_backend(q.double(), q.double(), q.double()) == "reference"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention_backend(q, q, q, is_causal=True) == served

@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from contrastive_ranks import (
     SHARDS,
     WIDTH,
@@ -31,6 +32,7 @@ CASES = [
     *(Case(op, (4, 0, 9), "float64", "reference") for op in OPS),
     *(Case(op, (7, 20), "bfloat16") for op in OPS),
     *(Case("clip_loss", (7, 2), backend=backend, smoothing=0.2) for backend in ("cpu", "reference")),
+    Case("clip_loss", (7, 2), "float64", "reference", smoothing=0.2),
     *(Case(op, (13,)) for op in OPS),
     *(Case(op, (300, 517)) for op in OPS),  # many tiles
 ]
@@ -115,3 +117,22 @@ def test_what_is_no_group_is_a_type_error() -> None:
     x = torch.eye(3)
     with pytest.raises(TypeError, match=r"group must be a torch\.distributed process group, got str"):
         vk.clip_loss(x, x, 1.0, group="gloo")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_second_derivatives_are_refused_by_name(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        q = torch.nn.functional.normalize(torch.randn(5, WIDTH), dim=-1).requires_grad_()
+        labels = (
+            [torch.arange(5)] * 2 if op == "multi_positive_loss" else [-2.0] if op == "siglip_loss" else []
+        )
+        loss = getattr(vk, op)(q, q.detach(), 5.0, *labels, group=dist.group.WORLD)
+        (first,) = torch.autograd.grad(loss, q, retain_graph=True)
+        (again,) = torch.autograd.grad(loss, q, create_graph=True)
+        assert torch.equal(first, again)
+        with pytest.raises(NotImplementedError, match=rf"vk\.{op}: second derivatives"):
+            again.square().sum().backward()
+    finally:
+        dist.destroy_process_group()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,22 @@ def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 draw(colour, shape, turn).save(place / f"{turn}.png")
                 if turn % 3 == 0:
                     (place / f"{turn}.txt").write_text(f"a {shape} that is {colour}, drawn {turn} times")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes_shards(shapes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pictures of ``shapes_folder`` in 6 shards of 12."""
+    folder = tmp_path_factory.mktemp("shards")
+    files = sorted(shapes_folder.rglob("*.png"))
+    for number in range(6):
+        with tarfile.open(folder / f"shapes-{number:04d}.tar", "w") as tar:
+            for i, file in enumerate(files[number * 12 : number * 12 + 12]):
+                tar.add(file, f"{i:05d}.png")
+                caption = f"a {file.parent.name.replace('_', ' ')}, number {file.stem}".encode()
+                member = tarfile.TarInfo(f"{i:05d}.txt")
+                member.size = len(caption)
+                tar.addfile(member, io.BytesIO(caption))
     return folder
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from vlmkernels.data import emoji
 from vlmkernels.data.sources import PictureStore, open_source
-from vlmkernels.train.corpora import EmojiCorpus, PairCorpus, over_white
+from vlmkernels.train.corpora import Batch, EmojiCorpus, PairCorpus, _Epochs, over_white
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +51,97 @@ def test_held_out_concepts_and_styles_are_not_shown(corpus: EmojiCorpus) -> None
     assert corpus.test_style == emoji.HELD_OUT_STYLE
 
 
-def test_steps_repeat_and_processes_split_the_epoch(corpus: EmojiCorpus) -> None:
+def test_steps_repeat(corpus: EmojiCorpus) -> None:
     again = EmojiCorpus(16, batch_size=64)
     for step in (0, 5):
         one, two = corpus.batch(step), again.batch(step)
         assert torch.equal(one.images, two.images)
         assert one.texts == two.texts
-    ranks = [EmojiCorpus(16, batch_size=32, rank=rank, world_size=2) for rank in range(2)]
-    together = [row for rank in ranks for row in rank._epochs.rows(1)]
-    assert sorted(together) == sorted(corpus._epochs.rows(1))
+
+
+def together(ranks: list[EmojiCorpus] | list[PairCorpus], step: int, views: int, **options: bool) -> Batch:
+    """The batch of all processes, in the order of the one-process batch."""
+    batches = [rank.batch(step, **options) for rank in ranks]
+
+    def joined(name: str) -> torch.Tensor:
+        parts = zip(*(getattr(b, name).chunk(views) for b in batches), strict=True)
+        return torch.cat([x for view in parts for x in view])
+
+    return Batch(
+        joined("images"),
+        [text for b in batches for text in b.texts],
+        joined("image_labels"),
+        torch.cat([b.text_labels for b in batches]),
+        [concept for b in batches for concept in b.concepts],
+        [words for b in batches for words in b.keywords],
+        torch.cat([b.source for b in batches]),
+        joined("second") if options.get("second_view") else None,
+    )
+
+
+def assert_same_batch(got: Batch, wanted: Batch) -> None:
+    assert (got.texts, got.concepts, got.keywords) == (wanted.texts, wanted.concepts, wanted.keywords)
+    for name in ("text_labels", "image_labels", "source"):
+        assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+    # Batched matrix products round differently for another number of pictures: coordinates move by an ulp of 16 pixels.
+    torch.testing.assert_close(got.images, wanted.images, rtol=0, atol=1e-4)
+    if wanted.second is not None:
+        torch.testing.assert_close(got.second, wanted.second, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_processes_share_the_batch_of_one(views: int) -> None:
+    one = EmojiCorpus(16, batch_size=50, views=views, topics=0.5)
+    for processes in (2, 3):
+        ranks = [copy.copy(one) for _ in range(processes)]  # opening the pictures takes a second
+        for rank, corpus in enumerate(ranks):
+            corpus._epochs = _Epochs(len(one.concepts), 50, 0, rank, processes)
+        for step, options in (
+            (0, {}),
+            (one.steps_per_epoch + 1, {"second_view": True}),
+            (1, {"single_source": True}),
+        ):
+            assert_same_batch(together(ranks, step, views, **options), one.batch(step, **options))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("memory", [0, 1 << 30], ids=["on demand", "in memory"])
+def test_processes_share_a_batch_of_shards(shapes_shards: Path, processes: int, memory: int) -> None:
+    with PictureStore(open_source(shapes_shards), 20, memory=memory, workers=3) as store:
+        settings = {"batch_size": 20, "val_share": 0.1}
+        one = PairCorpus(store, 16, **settings)
+        ranks = [
+            PairCorpus(store, 16, **settings, rank=rank, world_size=processes) for rank in range(processes)
+        ]
+        for step in (0, one.steps_per_epoch):
+            assert_same_batch(together(ranks, step, 1), one.batch(step))
+
+
+def test_processes_and_their_threads_read_shards_of_their_own(shapes_shards: Path) -> None:
+    source = open_source(shapes_shards)
+    files = source.files()
+    with PictureStore(source, 20) as store:
+        ranks = [
+            PairCorpus(store, 16, batch_size=12, val_share=0.0, rank=rank, world_size=3) for rank in range(3)
+        ]
+        steps = ranks[0].steps_per_epoch
+        seen = []
+        for rank in ranks:
+            rows = [[rank._trained[row] for row in rank._epochs.rows(step)] for step in range(steps)]
+            seen.append({files[row] for step in rows for row in step})
+            for place in zip(*rows, strict=True):  # what a place of the batch shows, step by step
+                assert len({files[row] for row in place}) <= 2
+        assert len(set(files)) == 6
+        assert all(
+            len(own) <= 3 for own in seen
+        )  # 6 shards for 3 processes; one may be shared with a neighbour
+        order = [row for step in range(steps) for row in ranks[0]._epochs.batch(step)]
+        assert len(set(order)) == len(order) == steps * 12
+
+
+def test_a_batch_smaller_than_the_processes_is_refused() -> None:
+    with pytest.raises(ValueError, match="a batch_size of 2 is too small for 3 processes"):
+        _Epochs(100, batch_size=2, seed=0, rank=0, world_size=3)
 
 
 def test_two_views_share_their_captions() -> None:

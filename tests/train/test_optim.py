@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lion against its paper's update, the parameter groups, and the average of the weights."""
+"""The parameter groups, layer decay, optimisers by name, and the average of the weights."""
 
 from __future__ import annotations
 
@@ -7,62 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from vlmkernels.train.optim import Lion, WeightAverage, create_optimizer, parameter_groups
-
-
-def test_lion_follows_algorithm_2_of_its_paper() -> None:
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(7, 5, generator=generator, dtype=torch.float64)
-    gradients = torch.randn(6, 7, 5, generator=generator, dtype=torch.float64)
-    lr, first, second, decay = 0.01, 0.9, 0.99, 0.3
-    p = nn.Parameter(start.clone())
-    optimizer = Lion([p], lr=lr, betas=(first, second), weight_decay=decay)
-    w, m = start.clone(), torch.zeros_like(start)
-    for g in gradients:
-        p.grad = g.clone()
-        optimizer.step()
-        update = torch.sign(first * m + (1 - first) * g)
-        w = w - lr * (update + decay * w)
-        m = second * m + (1 - second) * g
-        torch.testing.assert_close(p.data, w, rtol=1e-12, atol=1e-12)
-
-
-def test_lion_moves_by_the_learning_rate_whatever_the_gradient() -> None:
-    p = nn.Parameter(torch.zeros(3))
-    optimizer = Lion([p], lr=0.5)
-    p.grad = torch.tensor([1e-8, -1e8, 0.0])
-    optimizer.step()
-    assert p.tolist() == [-0.5, 0.5, 0.0]
-
-
-def test_lion_leaves_parameters_without_gradient_alone() -> None:
-    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    optimizer = Lion([p, q], lr=0.1, weight_decay=0.5)
-    p.grad = torch.ones(2)
-    optimizer.step()
-    assert q.tolist() == [1.0, 1.0]
-    assert optimizer.state_dict()["state"].keys() == {0}
-
-
-def test_lion_returns_the_loss_of_its_closure() -> None:
-    p = nn.Parameter(torch.ones(2))
-    optimizer = Lion([p], lr=0.1)
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = (p**2).sum()
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure) == 2.0
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"weight_decay": -0.1}], ids=["lr", "betas", "decay"]
-)
-def test_lion_refuses_values_out_of_range(wrong: dict) -> None:
-    with pytest.raises(ValueError, match="Lion: "):
-        Lion([nn.Parameter(torch.ones(1))], **wrong)
+from vlmkernels.models import create
+from vlmkernels.train.optim import WeightAverage, create_optimizer, parameter_groups
 
 
 class _Model(nn.Module):
@@ -82,6 +28,74 @@ def test_only_matrices_decay() -> None:
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.2, 0.0)
     everything = {id(p) for group in (decayed, free) for p in group["params"]}
     assert everything == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def _layers(names: list[str], decay: float = 0.5) -> dict[str, float]:
+    """Factors on the learning rate by name, of a model with parameters of these names."""
+    model = nn.Module()
+    for name in names:
+        *path, last = name.split(".")
+        place = model
+        for part in path:
+            if not hasattr(place, part):
+                place.add_module(part, nn.Module())
+            place = getattr(place, part)
+        place.register_parameter(last, nn.Parameter(torch.zeros(2, 2)))
+    by_id = {
+        id(p): group["lr_scale"]
+        for group in parameter_groups(model, 0.1, layer_decay=decay)
+        for p in group["params"]
+    }
+    return {name: by_id[id(p)] for name, p in model.named_parameters()}
+
+
+def test_layers_learn_more_slowly_the_further_they_are_from_the_end() -> None:
+    clip = {
+        "visual.conv1.weight": 1 / 8,
+        "visual.positional_embedding": 1 / 8,
+        "visual.transformer.resblocks.0.mlp.c_fc.weight": 1 / 4,
+        "visual.transformer.resblocks.1.mlp.c_fc.weight": 1 / 2,
+        "visual.proj": 1.0,
+        "transformer.resblocks.0.attn.in_proj_weight": 1 / 2,
+        "token_embedding.weight": 1 / 4,
+        "positional_embedding": 1 / 4,
+        "text_projection": 1.0,
+        "logit_scale": 1.0,
+    }
+    assert _layers(list(clip)) == clip
+    hugging_face = {
+        "vision_model.embeddings.patch_embedding.weight": 1 / 8,
+        "vision_model.pre_layrnorm.weight": 1 / 8,
+        "vision_model.encoder.layers.0.layer_norm1.weight": 1 / 4,
+        "vision_model.encoder.layers.1.layer_norm1.weight": 1 / 2,
+        "vision_model.post_layernorm.weight": 1.0,
+        "text_model.encoder.layers.0.mlp.fc1.weight": 1 / 2,
+        "text_model.embeddings.token_embedding.weight": 1 / 4,
+        "visual_projection.weight": 1.0,
+    }
+    assert _layers(list(hugging_face)) == hugging_face
+    timm = {"patch_embed.proj.weight": 1 / 4, "blocks.0.mlp.fc1.weight": 1 / 2, "head.weight": 1.0}
+    assert _layers(list(timm)) == timm
+
+
+def test_layer_decay_reaches_the_learning_rate_of_a_real_model() -> None:
+    model = create("ViT-B-32", vision={"layers": 2, "width": 64}, text={"layers": 3, "width": 64})
+    optimizer = create_optimizer("adamw", model, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates[id(model.logit_scale)] == 1.0
+    assert rates[id(model.visual.conv1.weight)] == 1 / 8
+    assert rates[id(model.token_embedding.weight)] == 1 / 16
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    # no decay: two groups, in the order in which checkpoints number their parameters
+    plain = parameter_groups(model, 0.1)
+    assert [(g["weight_decay"], g["lr_scale"]) for g in plain] == [(0.1, 1.0), (0.0, 1.0)]
+
+
+def test_layer_decay_out_of_range_or_without_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"layer_decay must lie in \(0, 1\], got 0"):
+        parameter_groups(nn.Linear(2, 2), 0.1, layer_decay=0.0)
+    with pytest.raises(ValueError, match="needs a model with numbered blocks"):
+        parameter_groups(nn.Linear(2, 2), 0.1, layer_decay=0.9)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion"])

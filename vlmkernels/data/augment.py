@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
+from vlmkernels.data.draws import Draws
+
 _LUMA = (0.299, 0.587, 0.114)
 _WARP_CELLS = 4  # control points of the local moves, along a side
 _BACKGROUND_CELLS = 3  # of the coloured backgrounds, which fade from one to the next
@@ -76,7 +78,7 @@ class AugmentConfig:
 
 
 class Augment:
-    """Draws new versions of pictures. The same generator state gives the same result.
+    """Draws new versions of pictures. The same generator state gives the same result, and so do the same `Draws`.
 
     Args:
         size: side of what comes out, in pixels.
@@ -98,7 +100,7 @@ class Augment:
     def __call__(
         self,
         pictures: torch.Tensor,  # [N, 3 or 4, H, W] uint8
-        generator: torch.Generator,
+        generator: torch.Generator | Draws,
         *,
         may_flip: torch.Tensor | None = None,  # [N] bool
     ) -> torch.Tensor:
@@ -106,14 +108,14 @@ class Augment:
 
         Args:
             pictures: [N, 3, H, W] or, with transparency (straight, not premultiplied), [N, 4, H, W]; uint8.
-            generator: a CPU generator.
+            generator: a CPU generator; or the pictures' own draws, which do not depend on what else is in the batch.
             may_flip: [N] bool, which pictures may be mirrored; None: all.
 
         Returns:
             [N, 3, size, size] float32 from 0 to 1, on the same device.
 
         Raises:
-            ValueError: the shape or dtype of pictures, or the shape of may_flip, is another one.
+            ValueError: the shape or dtype of pictures, the shape of may_flip, or the number of draws is another one.
         """
         if pictures.dim() != 4 or pictures.shape[1] not in (3, 4) or pictures.dtype != torch.uint8:
             raise ValueError(
@@ -123,38 +125,39 @@ class Augment:
         n = pictures.shape[0]
         if may_flip is not None and may_flip.shape != (n,):
             raise ValueError(f"Augment: may_flip must have shape [{n}], got {list(may_flip.shape)}")
+        draws = _draws("Augment", generator, n)
         if n == 0:
             return torch.zeros(0, 3, self.size, self.size)
         moved = F.grid_sample(
-            _premultiply(pictures), self._grid(n, generator, may_flip), mode="bilinear", align_corners=False
+            _premultiply(pictures), self._grid(draws, may_flip), mode="bilinear", align_corners=False
         )
-        moved = self._recolour(moved, generator)
-        moved = self._outline(moved, generator)
-        out = moved[:, :3] + (1 - moved[:, 3:]) * self._background(n, generator)
-        out = self._lines(out, generator)
-        out = self._blur(out, generator)
-        out = self._erase(out, generator)
+        moved = self._recolour(moved, draws)
+        moved = self._outline(moved, draws)
+        out = moved[:, :3] + (1 - moved[:, 3:]) * self._background(draws)
+        out = self._lines(out, draws)
+        out = self._blur(out, draws)
+        out = self._erase(out, draws)
         return out.clamp_(0, 1)
 
-    def _grid(self, n: int, generator: torch.Generator, may_flip: torch.Tensor | None) -> torch.Tensor:
+    def _grid(self, draws: Draws, may_flip: torch.Tensor | None) -> torch.Tensor:
         """Where each pixel that comes out is read from, [N, size, size, 2] in -1 to 1."""
-        c = self.config
-        angle = _between(n, generator, math.radians(c.rotate))
-        scale = 1 / (1 - c.zoom + 1.5 * c.zoom * torch.rand(n, generator=generator))
-        stretch = torch.exp(_between(n, generator, c.stretch) / 2)
-        mirrored = torch.rand(n, generator=generator) < c.flip
+        c, n = self.config, len(draws)
+        angle = draws.between(math.radians(c.rotate))
+        scale = 1 / (1 - c.zoom + 1.5 * c.zoom * draws.uniform())
+        stretch = torch.exp(draws.between(c.stretch) / 2)
+        mirrored = draws.chance(c.flip)
         if may_flip is not None:
             mirrored &= may_flip.cpu()
         sign = torch.where(mirrored, -1.0, 1.0)
         rows = [
             sign * scale * stretch * angle.cos(),
             -sign * scale * stretch * angle.sin(),
-            _between(n, generator, 2 * c.shift),
+            draws.between(2 * c.shift),
             scale / stretch * angle.sin(),
             scale / stretch * angle.cos(),
-            _between(n, generator, 2 * c.shift),
-            _between(n, generator, c.perspective),
-            _between(n, generator, c.perspective),
+            draws.between(2 * c.shift),
+            draws.between(c.perspective),
+            draws.between(c.perspective),
             torch.ones(n),
         ]
         homography = torch.stack(rows, 1).view(n, 3, 3)
@@ -165,78 +168,76 @@ class Augment:
         mapped = points @ homography.mT
         grid = (mapped[..., :2] / mapped[..., 2:]).view(n, self.size, self.size, 2)
         if c.warp:
-            moves = torch.randn(n, 2, _WARP_CELLS, _WARP_CELLS, generator=generator) * c.warp
+            moves = draws.normal(2, _WARP_CELLS, _WARP_CELLS) * c.warp
             smooth = F.interpolate(moves, size=(self.size, self.size), mode="bilinear", align_corners=True)
             grid = grid + smooth.permute(0, 2, 3, 1)
         return grid
 
-    def _recolour(self, rgba: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def _recolour(self, rgba: torch.Tensor, draws: Draws) -> torch.Tensor:
         """Hue, saturation, contrast and brightness are one 3 x 4 matrix per picture, applied to premultiplied RGBA."""
         c, n = self.config, rgba.shape[0]
-        hue = _between(n, generator, 2 * math.pi * c.hue).view(n, 1, 1)
+        hue = draws.between(2 * math.pi * c.hue, 1, 1)
         eye, ones = torch.eye(3), torch.full((3, 3), 1 / 3)
         cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
         turn = hue.cos() * eye + (1 - hue.cos()) * ones + hue.sin() * cross
-        keep = 1 + _between(n, generator, c.saturation)
-        keep = torch.where(torch.rand(n, generator=generator) < c.gray, 0.0, keep).view(n, 1, 1)
+        keep = 1 + draws.between(c.saturation)
+        keep = torch.where(draws.chance(c.gray), 0.0, keep).view(n, 1, 1)
         colour = (keep * eye + (1 - keep) * torch.tensor(_LUMA).expand(3, 3)) @ turn
-        gain = 1 + _between(n, generator, c.contrast).view(n, 1, 1)
-        offset = (1 - gain) / 2 + _between(n, generator, c.brightness).view(n, 1, 1)
+        gain = 1 + draws.between(c.contrast, 1, 1)
+        offset = (1 - gain) / 2 + draws.between(c.brightness, 1, 1)
         matrix = torch.cat([gain * colour, offset.expand(n, 3, 1)], 2)
         alpha = rgba[:, 3:]
         rgb = (matrix @ rgba.flatten(2)).view(n, 3, *rgba.shape[2:])
         return torch.cat([torch.minimum(rgb.clamp_(min=0), alpha), alpha], 1)
 
-    def _outline(self, rgba: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        rows = _share(rgba.shape[0], generator, self.config.outline)
+    def _outline(self, rgba: torch.Tensor, draws: Draws) -> torch.Tensor:
+        rows = _rows(draws.chance(self.config.outline))
+        shade = 0.25 * draws.uniform(1, 1, 1)[rows]
         if not len(rows):
             return rgba
-        shade = 0.25 * torch.rand(len(rows), 1, 1, 1, generator=generator)
         alpha = rgba[rows, 3:]
         wide = F.max_pool2d(alpha, 3, 1, 1)
         rgba[rows] = torch.cat([rgba[rows, :3] + (wide - alpha) * shade, wide], 1)
         return rgba
 
-    def _background(self, n: int, generator: torch.Generator) -> torch.Tensor:
+    def _background(self, draws: Draws) -> torch.Tensor:
         """White, one colour, or colours that fade into each other: [N, 3, size, size]."""
         cells = _BACKGROUND_CELLS
-        colour = torch.rand(n, 3, 1, 1, generator=generator)
-        spread = torch.rand(n, 1, 1, 1, generator=generator).square()
-        field = colour + spread * torch.randn(n, 3, cells, cells, generator=generator) / 2
-        plain = torch.rand(n, generator=generator) >= self.config.background
-        field[plain] = 1.0
+        colour, spread = draws.uniform(3, 1, 1), draws.uniform(1, 1, 1).square()
+        field = colour + spread * draws.normal(3, cells, cells) / 2
+        field[~draws.chance(self.config.background)] = 1.0
         return F.interpolate(
             field.clamp_(0, 1), size=(self.size, self.size), mode="bilinear", align_corners=True
         )
 
-    def _lines(self, rgb: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        rows = _share(rgb.shape[0], generator, self.config.lines)
-        kinds = torch.randint(4, (len(rows),), generator=generator)
-        for kind, change in enumerate((_thin_dark, _thick_dark, _close_dark, _close_light)):
+    def _lines(self, rgb: torch.Tensor, draws: Draws) -> torch.Tensor:
+        changes = (_thin_dark, _thick_dark, _close_dark, _close_light)
+        rows = _rows(draws.chance(self.config.lines))
+        kinds = draws.integers(len(changes))[rows]
+        for kind, change in enumerate(changes):
             chosen = rows[kinds == kind]
             if len(chosen):
                 rgb[chosen] = change(rgb[chosen])
         return rgb
 
-    def _blur(self, rgb: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        rows = _share(rgb.shape[0], generator, self.config.blur)
+    def _blur(self, rgb: torch.Tensor, draws: Draws) -> torch.Tensor:
+        rows, amount = _rows(draws.chance(self.config.blur)), draws.uniform(1, 1, 1)
         if len(rows):
             sharp = rgb[rows]
             soft = F.avg_pool2d(sharp, 3, 1, 1, count_include_pad=False)
-            rgb[rows] = sharp.lerp(soft, torch.rand(len(rows), 1, 1, 1, generator=generator))
+            rgb[rows] = sharp.lerp(soft, amount[rows])
         return rgb
 
-    def _erase(self, rgb: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        rows = _share(rgb.shape[0], generator, self.config.erase)
-        n = len(rows)
-        if not n:
+    def _erase(self, rgb: torch.Tensor, draws: Draws) -> torch.Tensor:
+        rows = _rows(draws.chance(self.config.erase))
+        side, place, colour = (draws.uniform(*shape)[rows] for shape in ((2,), (2,), (3, 1, 1)))
+        if not len(rows):
             return rgb
-        side = self.size * (0.15 + 0.3 * torch.rand(n, 2, generator=generator))
-        start = (self.size - side) * torch.rand(n, 2, generator=generator)
+        side = self.size * (0.15 + 0.3 * side)
+        start = (self.size - side) * place
         at = torch.arange(self.size)
         inside = (at >= start[..., None]) & (at < (start + side)[..., None])  # [n, 2, size]
         cover = inside[:, 0, :, None] & inside[:, 1, None, :]
-        colour = torch.rand(n, 3, 1, 1, generator=generator)
         rgb[rows] = torch.where(cover[:, None], colour, rgb[rows])
         return rgb
 
@@ -244,7 +245,7 @@ class Augment:
 def blend_styles(
     first: torch.Tensor,  # [N, 4, H, W] uint8
     second: torch.Tensor,  # [N, 4, H, W] uint8
-    generator: torch.Generator,
+    generator: torch.Generator | Draws,
     *,
     share: float = 0.3,
 ) -> torch.Tensor:
@@ -253,7 +254,7 @@ def blend_styles(
     Args:
         first: [N, C, H, W] uint8, returned as it is where a picture is not mixed.
         second: [N, C, H, W] uint8, the same things drawn otherwise.
-        generator: a CPU generator.
+        generator: a CPU generator, or the pictures' own draws.
         share: share of pictures that are mixed.
 
     Returns:
@@ -263,15 +264,15 @@ def blend_styles(
         raise ValueError(
             f"blend_styles: second must have first's shape {list(first.shape)}, got {list(second.shape)}"
         )
-    rows = _share(first.shape[0], generator, share)
-    n, height, width = len(rows), first.shape[-2], first.shape[-1]
-    if not n:
+    draws = _draws("blend_styles", generator, first.shape[0])
+    rows = _rows(draws.chance(share))
+    angle, place, even, cut = draws.uniform(4, 1, 1)[rows].unbind(1)
+    if not len(rows):
         return first
-    angle = 2 * math.pi * torch.rand(n, 1, 1, generator=generator)
+    angle, even, cut = 2 * math.pi * angle, 0.2 + 0.6 * even, cut < 0.5
+    height, width = first.shape[-2:]
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    side = x * angle.cos() + y * angle.sin() > _between(n, generator, 0.3).view(n, 1, 1)
-    even = 0.2 + 0.6 * torch.rand(n, 1, 1, generator=generator)
-    cut = torch.rand(n, 1, 1, generator=generator) < 0.5
+    side = x * angle.cos() + y * angle.sin() > 0.3 * (2 * place - 1)
     weight = torch.where(cut, side.float(), even)[:, None]
     # Premultiplied, so that the colour of what is transparent in one drawing does not bleed into the other.
     mixed = _premultiply(first[rows]).lerp(_premultiply(second[rows]), weight)
@@ -291,12 +292,16 @@ def _premultiply(pictures: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _between(n: int, generator: torch.Generator, limit: float) -> torch.Tensor:
-    return limit * (2 * torch.rand(n, generator=generator) - 1)
+def _draws(function: str, generator: torch.Generator | Draws, count: int) -> Draws:
+    if not isinstance(generator, Draws):
+        return Draws.from_generator(generator, count)
+    if len(generator) != count:
+        raise ValueError(f"{function}: generator must have draws for {count} pictures, got {len(generator)}")
+    return generator
 
 
-def _share(n: int, generator: torch.Generator, share: float) -> torch.Tensor:
-    return (torch.rand(n, generator=generator) < share).nonzero()[:, 0]
+def _rows(chosen: torch.Tensor) -> torch.Tensor:
+    return chosen.nonzero()[:, 0]
 
 
 def _thin_dark(x: torch.Tensor) -> torch.Tensor:

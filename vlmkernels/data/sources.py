@@ -9,9 +9,11 @@ so nothing is unpacked, shards may be larger than memory, and any order of the p
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import io
+import itertools
 import json
 import logging
 import re
@@ -20,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -53,13 +55,13 @@ class Pair:
     offset: int = 0
     size: int | None = None
 
-    def read(self) -> bytes:
-        """Returns the encoded picture."""
-        if self.size is None:
-            return self.file.read_bytes()
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+    def read(self, opened: BinaryIO | None = None) -> bytes:
+        """Returns the encoded picture; from ``opened``, its file, where somebody has that open."""
+        if opened is None:
+            with open(self.file, "rb") as file:
+                return self.read(file)
+        opened.seek(self.offset)
+        return opened.read(-1 if self.size is None else self.size)
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,11 @@ class Source:
     def captions(self) -> list[str]:
         """The captions, in the order of the pairs."""
         return [pair.caption for pair in self.pairs]
+
+    def files(self) -> list[int]:
+        """Returns which file each pair's picture is in, the files counted as they come."""
+        numbers: dict[Path, int] = {}
+        return [numbers.setdefault(pair.file, len(numbers)) for pair in self.pairs]
 
     def skip(self, name: str, reason: str) -> None:
         """Records something that cannot be used."""
@@ -235,6 +242,7 @@ class PictureStore:
     ) -> None:
         self.source = source
         self.size = size
+        self._workers = workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._broken: set[int] = set()
         self._all: torch.Tensor | None = None
@@ -271,9 +279,22 @@ class PictureStore:
             raise ValueError(f"data: no usable image-text pair in {self.source.summary()}")
         self._all = torch.stack(decoded)
 
-    def _try(self, pair: Pair) -> torch.Tensor | str:
+    def _try_rows(self, rows: Sequence[int]) -> list[torch.Tensor | str]:
+        """One thread's rows, in their order; consecutive ones of a shard are read while it is open."""
+        results: list[torch.Tensor | str] = []
+        for file, group in itertools.groupby(rows, lambda row: self.source.pairs[row].file):
+            with contextlib.ExitStack() as stack:
+                opened: BinaryIO | None = None
+                with contextlib.suppress(OSError):  # each pair says by itself that its file cannot be read
+                    opened = stack.enter_context(open(file, "rb"))
+                for row in group:
+                    broken = row in self._broken
+                    results.append("broken" if broken else self._try(self.source.pairs[row], opened))
+        return results
+
+    def _try(self, pair: Pair, opened: BinaryIO | None = None) -> torch.Tensor | str:
         try:
-            return decode_picture(pair.read(), self.size)
+            return decode_picture(pair.read(opened), self.size)
         except ValueError as error:
             return str(error)
         except OSError as error:
@@ -295,7 +316,10 @@ class PictureStore:
         if self._all is not None:
             return self._all[torch.tensor(rows, dtype=torch.int64)], rows
         pairs = self.source.pairs
-        first_try = self._pool.map(lambda i: "broken" if i in self._broken else self._try(pairs[i]), rows)
+        # Consecutive rows to a thread: where they come from few shards, a thread reads fewer still.
+        cuts = [len(rows) * i // self._workers for i in range(self._workers + 1)]
+        parts = self._pool.map(self._try_rows, (rows[a:b] for a, b in itertools.pairwise(cuts)))
+        first_try = itertools.chain.from_iterable(parts)
         pictures, used = [], []
         for row, picture in zip(rows, first_try, strict=True):
             while not isinstance(picture, torch.Tensor):

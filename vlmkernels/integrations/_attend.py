@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmkernels.ops import attention as ops
-from vlmkernels.ops import dispatch
-from vlmkernels.ops._library import follow_autocast
 
 __all__ = [
     "attend",
@@ -46,10 +44,10 @@ def kernel_serves(
     dropout_p: float = 0.0,
 ) -> bool:
     """Whether `vk.attention` would serve this call with anything but the reference."""
-    q, k, v = cast("tuple[Tensor, Tensor, Tensor]", follow_autocast(q, k, v))
-    # No product size: the dispatcher would warn of a reference that is not going to run.
-    call = ops._call(q, k, v, bias, key_mask, is_causal, dropout_p, False, 0)
-    return dispatch.choose("attention", call, None) != "reference"
+    backend = ops.attention_backend(
+        q, k, v, bias=bias, key_mask=key_mask, is_causal=is_causal, dropout_p=dropout_p
+    )
+    return backend != "reference"
 
 
 def attend(
@@ -136,7 +134,7 @@ def serves_scaled_dot_product(
         if attn_mask.dtype not in (torch.bool, torch.float32, dtype):
             return False
         hides_keys = attn_mask.dtype == torch.bool and _keys_alone(attn_mask)
-    q, k, v = (ops._with_heads(x).transpose(1, 2) for x in (query, key, value))
+    q, k, v = (ops.with_heads(x).transpose(1, 2) for x in (query, key, value))
     return kernel_serves(
         q,
         k,

@@ -101,7 +101,7 @@ class TrainingFacts:
     Attributes:
         steps: Steps of the whole run.
         steps_per_epoch: Steps that show everything once.
-        batch_size: Captions per step and process.
+        batch_size: Captions per step, over all processes.
         concepts: What the training pictures show; empty for a user's own pairs.
         groups: Names of the groups of concepts.
         subgroups: Names of the subgroups.

@@ -14,6 +14,7 @@ and their mean by scale and bias, so that averaging over ranks gives the gradien
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -178,6 +179,34 @@ def _ordered_sum(ranks: _Ranks, values: list[Tensor]) -> Tensor:
     return torch.stack(ranks.all_gather(torch.stack([v.double() for v in values]))).sum(0)
 
 
+def _first_derivatives(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward whose results name the loss when somebody differentiates them."""
+
+    @functools.wraps(backward)
+    def once(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = backward(ctx, grad_loss)
+        if not torch.is_grad_enabled():  # nobody asked for a graph
+            return grads
+        anchor = torch.zeros((), requires_grad=True)
+        return tuple(None if x is None else _Refuse.apply(x, anchor, ctx.loss.op) for x in grads)
+
+    return once
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, op: str) -> Tensor:
+        ctx.op = op
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            f"vk.{ctx.op}: second derivatives exist in one process only, with backend='reference'; not over a group"
+        )
+
+
 class _GroupSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -225,7 +254,7 @@ class _GroupSoftmax(torch.autograd.Function):
         return value.to(row.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_first_derivatives
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         ranks, loss, size = ctx.ranks, ctx.loss, ctx.ranks.size
         left, scale, row_lse, row_weight, col_count, *rest = ctx.saved_tensors
@@ -292,14 +321,14 @@ class _GroupSigmoid(torch.autograd.Function):
                 columns.add(owner, part)
         value, grad_scale, grad_bias = _ordered_sum(ranks, numbers).unbind(0)
         grad_k = columns.total() if wants_k else None
-        ctx.ranks, ctx.inputs = ranks, (q.dtype, k.dtype)
+        ctx.ranks, ctx.loss, ctx.inputs = ranks, loss, (q.dtype, k.dtype)
         ctx.save_for_backward(
             grad_q, grad_k if needs_k else None, grad_scale.to(scale.dtype), grad_bias.to(bias.dtype)
         )
         return (value if sum(ranks.rows) else value + torch.nan).to(sums)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_first_derivatives
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.saved_tensors
         upstream = _ordered_sum(ctx.ranks, [grad_loss])[0]

@@ -6,7 +6,7 @@ Their registered ops: `_attention_ops.py`; the definition: `reference/attention.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -260,7 +260,7 @@ def scaled_dot_product_attention(
         )
 
     L, S = query.shape[-2], key.shape[-2]
-    q, k, v = (_with_heads(x).transpose(1, 2) for x in (query, key, value))
+    q, k, v = (with_heads(x).transpose(1, 2) for x in (query, key, value))
     bias = key_mask = None
     if attn_mask is not None:
         bias, key_mask = _split_mask(op, attn_mask, query, S)
@@ -367,7 +367,34 @@ def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device) if dropout_p > 0.0 else None
 
 
-def _with_heads(x: Tensor) -> Tensor:
+def attention_backend(
+    q: Tensor,  # [B, Lq, H, D]
+    k: Tensor,  # [B, Lk, Hk, D]
+    v: Tensor,  # [B, Lk, Hk, Dv]
+    *,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> str:
+    """Name of the backend that `attention` would choose for these arguments, for those who have another answer at hand.
+
+    Runs nothing, checks nothing and warns of nothing.
+
+    Args:
+        q, k, v, bias, key_mask, is_causal, dropout_p, return_lse: as for `attention`.
+
+    Returns:
+        "cpu", "cuda", "triton", an internal choice such as "torch", or "reference" where no kernel serves the call.
+    """
+    q, k, v = cast("tuple[Tensor, Tensor, Tensor]", follow_autocast(q, k, v))
+    # No product size: the dispatcher would warn of a reference that is not going to run.
+    call = _call(q, k, v, bias, key_mask, is_causal, dropout_p, return_lse, 0)
+    return dispatch.choose("attention", call, None)
+
+
+def with_heads(x: Tensor) -> Tensor:
     """Any number of dimensions as `[B, H, L, D]`: missing ones added, further ones flattened into B."""
     return x.flatten(0, -4) if x.ndim > 4 else x[(None,) * (4 - x.ndim)]
 
@@ -385,7 +412,7 @@ def _split_mask(op: str, mask: Any, query: Tensor, keys: int) -> tuple[Tensor | 
     queries = query.shape[-2]
     if mask.dtype == torch.bool:
         if aligned.shape[1] == aligned.shape[2] == 1:
-            return None, aligned[:, 0, 0].expand(_with_heads(query).shape[0], keys)
+            return None, aligned[:, 0, 0].expand(with_heads(query).shape[0], keys)
         aligned = _as_bias(aligned, query.dtype)
     return aligned.expand(*aligned.shape[:2], queries, keys), None
 

@@ -45,7 +45,12 @@ class TrainConfig:
     output: str | None = _option(None, "folder of the run (default: runs/<date-time>)")
     resume: bool = _option(False, "continue the run in --output from its last checkpoint")
     epochs: float = _option(100.0, "passes over the data; for emoji, a pass shows every concept once")
-    batch_size: int = _option(256, "captions per step and process")
+    batch_size: int = _option(256, "captions that are contrasted with each other, over all processes")
+    micro_batch: int | None = _option(
+        None,
+        "captions that run through the model at once; the gradients stay those of the batch (default: all)",
+    )
+    accumulate: int = _option(1, "batches whose gradients are averaged for a step of the optimiser")
     styles: str = _option(
         "noto,openmoji", "emoji: drawing styles to train on; retrieval is tested on the first one left out"
     )
@@ -53,8 +58,15 @@ class TrainConfig:
         1, "pictures per caption and step; 2: both training styles of each emoji", choices=(1, 2)
     )
     optimizer: str = _option("adamw", "optimiser", choices=OPTIMIZERS)
-    lr: float = _option(1e-3, "peak learning rate")
-    weight_decay: float = _option(0.1, "weight decay of the matrices")
+    lr: float = _option(1e-3, "peak learning rate; Lion wants 3 to 10 times less than AdamW")
+    weight_decay: float = _option(
+        0.1, "weight decay of the matrices; Lion wants 3 to 10 times more than AdamW"
+    )
+    beta1: float | None = _option(None, "first beta of the optimiser (default: 0.9)")
+    beta2: float | None = _option(None, "second beta (default: 0.98 for AdamW, 0.99 for Lion)")
+    layer_decay: float = _option(
+        1.0, "factor on the learning rate from each block of a tower to the one before it"
+    )
     warmup: float = _option(0.05, "share of the steps in which the learning rate rises")
     grad_clip: float = _option(1.0, "largest norm of the gradient; 0: no limit")
     average: float = _option(
@@ -93,7 +105,8 @@ class TrainConfig:
                 raise ValueError(
                     f"train: {spec.name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
                 )
-        for name in ("epochs", "batch_size", "lr", "log_every", "checkpoint_every", "workers", "memory"):
+        positive = ("epochs", "batch_size", "accumulate", "lr", "log_every", "checkpoint_every", "workers")
+        for name in (*positive, "memory"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"train: {name} must be positive, got {getattr(self, name)}")
         for name in ("weight_decay", "grad_clip", "augment"):
@@ -102,11 +115,14 @@ class TrainConfig:
         for name in ("warmup", "blend", "tones", "topics"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train: {name} must lie between 0 and 1, got {getattr(self, name)}")
-        for name in ("average", "label_smoothing", "val_share"):
-            if not 0 <= (getattr(self, name) or 0.0) < 1:
+        for name in ("average", "label_smoothing", "val_share", "beta1", "beta2"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"train: {name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"train: threads must be at least 1, got {self.threads}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"train: layer_decay must lie in (0, 1], got {self.layer_decay}")
+        for name in ("threads", "micro_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"train: {name} must be at least 1, got {getattr(self, name)}")
         if self.views == 2 and self.loss not in ("auto", "multi_positive"):
             raise ValueError(f"train: two views of a caption need loss multi_positive, got {self.loss!r}")
         if self.resume and self.output is None:

@@ -3,12 +3,15 @@
 
 `EmojiCorpus` draws from the bundled set, `PairCorpus` from a `vlmkernels.data.sources.PictureStore`. Both hand out
 every caption of an epoch once, in an order drawn per epoch, and leave out what does not fill a last batch.
+
+Several processes share a batch: each gets consecutive places of it, and what is random at a place depends on the seed,
+the step and the place. So the batch of a step is the same for any number of processes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ import torch
 
 from vlmkernels.data import emoji
 from vlmkernels.data.augment import Augment, AugmentConfig, blend_styles
+from vlmkernels.data.draws import Draws, generator_for, key_for
 from vlmkernels.models.training import Concept
 from vlmkernels.train.evaluation import (
     EmojiEvaluation,
@@ -40,15 +44,13 @@ _HANDED_GROUPS = ("Flags", "Symbols")
 _KEPT_FROM_TRAINING_AT_MOST = 5000
 
 
-def generator_for(seed: int, *purpose: int) -> torch.Generator:
-    """Makes a generator whose state depends on the seed and on what it is for, and on nothing that happened before."""
-    digest = hashlib.blake2b(repr((seed, *purpose)).encode("ascii"), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+# What a key is for, beside the seed and the step.
+_ORDER, _PICTURES, _HELD, _CAPTIONS, _CONCEPTS, _BLENDS, _SECOND_VIEWS, _STYLE = range(8)
 
 
 @dataclass
 class Batch:
-    """One step's pairs.
+    """One step's pairs, those of this process.
 
     Attributes:
         images: [V * N, 3, S, S] float32 from 0 to 1; N first views, then N second ones.
@@ -72,23 +74,69 @@ class Batch:
 
 
 class _Epochs:
-    """The order of the rows in each epoch, cut into batches for each process."""
+    """The order of the rows in each epoch, cut into batches, and this process's part of each.
 
-    def __init__(self, count: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
-        self.count, self.seed, self.rank = count, seed, rank
-        # A data set smaller than a batch still trains: the batch shrinks.
-        self.batch_size = max(1, min(batch_size, count // world_size))
-        self.steps = max(1, count // (self.batch_size * world_size))
-        self.world_size = world_size
+    Args:
+        count: rows in an epoch.
+        batch_size: places in a batch of all processes; a data set smaller than that makes it shrink.
+        seed: what the order depends on.
+        rank: of this process.
+        world_size: number of processes.
+        shards: which file each row is in. A place of the batch then goes through its files one after the other, so
+            that consecutive places, which are those of a process (and of a decoding thread), read few of them.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        shards: list[int] | None = None,
+    ) -> None:
+        self.count, self.seed = count, seed
+        self.batch_size = min(batch_size, count)
+        if self.batch_size < world_size:
+            raise ValueError(
+                f"train: a batch_size of {self.batch_size} is too small for {world_size} processes; each needs a pair"
+            )
+        self.steps = count // self.batch_size
+        #: the places of the batch that are this process's
+        self.places = range(rank * self.batch_size // world_size, (rank + 1) * self.batch_size // world_size)
+        self._shards = None if shards is None else torch.tensor(shards)
         self._cached: tuple[int, torch.Tensor] = (-1, torch.empty(0))
 
-    def rows(self, step: int) -> list[int]:
+    def batch(self, step: int) -> list[int]:
+        """The rows of all processes."""
         epoch, within = divmod(step, self.steps)
         if self._cached[0] != epoch:
-            order = torch.randperm(self.count, generator=generator_for(self.seed, 0, epoch))
-            self._cached = (epoch, order)
-        start = (within * self.world_size + self.rank) * self.batch_size
-        return self._cached[1][start : start + self.batch_size].tolist()
+            self._cached = (epoch, self._order(epoch))
+        return self._cached[1][within].tolist()
+
+    def rows(self, step: int) -> list[int]:
+        """The rows of this process."""
+        return self.batch(step)[self.places.start : self.places.stop]
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        """The rows of an epoch: int64 [steps, batch_size]."""
+        generator = generator_for(self.seed, _ORDER, epoch)
+        order = torch.randperm(self.count, generator=generator)
+        used = self.steps * self.batch_size
+        if self._shards is None:
+            return order[:used].view(self.steps, self.batch_size)
+        # Shards in a new order, the rows of each shuffled.
+        turn = torch.randperm(int(self._shards.max()) + 1, generator=generator)
+        order = order[turn[self._shards[order]].argsort(stable=True)]
+        return order[:used].view(self.batch_size, self.steps).T
+
+    def draws(self, step: int, purpose: int, places: Sequence[int] | None = None, *, views: int = 1) -> Draws:
+        """The random numbers of places, by default those of this process; those of the second view follow."""
+        members = torch.tensor(self.places if places is None else places)
+        return Draws(
+            key_for(self.seed, purpose, step),
+            torch.cat([members + view * self.batch_size for view in range(views)]),
+        )
 
 
 class EmojiCorpus:
@@ -99,7 +147,7 @@ class EmojiCorpus:
 
     Args:
         size: side of the pictures that the model takes.
-        batch_size: captions per step and process.
+        batch_size: captions per step, over all processes.
         views: pictures per caption.
         seed: see `generator_for`.
         augment: strength of the augmentation; 0: none.
@@ -131,7 +179,7 @@ class EmojiCorpus:
     ) -> None:
         self.data = emoji.load(styles)
         self.one_to_one = views == 1
-        self.views, self.seed, self.blend, self.tones, self.rank = views, seed, blend, tones, rank
+        self.views, self.seed, self.blend, self.tones = views, seed, blend, tones
         self.topics = topics
         # Not by split="train": a style that the split holds out may be asked for here, for cross-validation.
         drawn = [e for e in self.data.emojis if not e.held_out and e.styles]
@@ -163,6 +211,11 @@ class EmojiCorpus:
         """Steps that show every concept once, but for what does not fill a batch."""
         return self._epochs.steps
 
+    @property
+    def batch_size(self) -> int:
+        """Captions per step, over all processes; fewer than asked for where there are no more."""
+        return self._epochs.batch_size
+
     def describe(self) -> str:
         """One sentence about what there is."""
         styles = " and ".join(self.data.styles)
@@ -191,36 +244,45 @@ class EmojiCorpus:
         }
 
     def batch(self, step: int, *, second_view: bool = False, single_source: bool = False) -> Batch:
-        """Draws the pairs of a step.
+        """Draws the pairs of a step, those of this process.
 
         Args:
             step: its number.
             second_view: augment the same pictures once more.
             single_source: all pictures in one style, drawn for the step; what it does not have is left out.
         """
-        generator = generator_for(self.seed, 1, step, self.rank)
-        indices = [self._with_tone(self.concepts[row], generator) for row in self._epochs.rows(step)]
-        picks = torch.rand(len(indices), generator=generator).tolist()
+        draws = self._epochs.draws(step, _CONCEPTS)
+        rows, toned = self._epochs.rows(step), draws.chance(self.tones).tolist()
+        tones, picks = draws.uniform().tolist(), draws.uniform().tolist()
+        places = list(self._epochs.places)
+        indices = [
+            self._with_tone(self.concepts[row], tone) if with_tone else self.concepts[row]
+            for row, with_tone, tone in zip(rows, toned, tones, strict=True)
+        ]
         first = [self._rows[i][int(p * len(self._rows[i]))] for i, p in zip(indices, picks, strict=True)]
         if single_source:
-            indices, first = self._in_one_style(step, indices)
+            places, indices, first = self._in_one_style(step, places, indices)
         # The other style where there is one.
         second = [self._other_style(i, row) for i, row in zip(indices, first, strict=True)]
         pictures, others = self._pictures[torch.tensor(first)], self._pictures[torch.tensor(second)]
-        share = 0.0 if single_source else self.blend
-        views = [blend_styles(pictures, others, generator, share=share)]
+        share, draws = 0.0 if single_source else self.blend, self._epochs.draws(step, _BLENDS, places)
+        views = [blend_styles(pictures, others, draws, share=share)]
         if self.views == 2:
-            views.append(blend_styles(others, pictures, generator, share=share))
+            views.append(blend_styles(others, pictures, draws, share=share))
         labels = torch.tensor(indices)
         drawn, may_flip = torch.cat(views), self._may_flip[labels].repeat(self.views)
-        images = self._augment(drawn, generator, may_flip=may_flip)
-        texts = self._texts(indices, generator)
-        again = None
-        if second_view:  # a generator of its own: the other draws do not depend on who asks
-            again = self._augment(drawn, generator_for(self.seed, 3, step, self.rank), may_flip=may_flip)
+        images, again = (
+            self._augment(
+                drawn, self._epochs.draws(step, purpose, places, views=self.views), may_flip=may_flip
+            )
+            if wanted
+            else None
+            for purpose, wanted in ((_PICTURES, True), (_SECOND_VIEWS, second_view))
+        )
+        assert images is not None
         return Batch(
             images,
-            texts,
+            self._texts(step, places, indices),
             labels.repeat(self.views),
             labels,
             [self._concepts[i] for i in indices],
@@ -229,41 +291,50 @@ class EmojiCorpus:
             again,
         )
 
-    def _in_one_style(self, step: int, indices: list[int]) -> tuple[list[int], list[int]]:
-        style = int(torch.randint(len(self.data.styles), (), generator=generator_for(self.seed, 4, step)))
+    def _in_one_style(
+        self, step: int, places: list[int], indices: list[int]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """The places and indices that the step's style has, and their pictures."""
+        style = int(
+            torch.randint(len(self.data.styles), (), generator=generator_for(self.seed, _STYLE, step))
+        )
         rows = {i: [row for row in self._rows[i] if self._styles[row] == style] for i in indices}
-        kept = [i for i in indices if rows[i]]
-        return kept, [rows[i][0] for i in kept]
+        kept = [(place, i) for place, i in zip(places, indices, strict=True) if rows[i]]
+        return [place for place, _ in kept], [i for _, i in kept], [rows[i][0] for _, i in kept]
 
-    def _texts(self, indices: list[int], generator: torch.Generator) -> list[str]:
-        if not self.topics:
-            return [emoji.random_caption(self.data.emojis[i], generator) for i in indices]
-        texts: list[str] = []
-        used: set[str] = set()
-        topical = torch.rand(len(indices), generator=generator) < self.topics
-        for i, by_topic in zip(indices, topical.tolist(), strict=True):
-            e = self.data.emojis[i]
-            topic, template = torch.randint(12, (2,), generator=generator).tolist()
-            name = emoji.spoken_group(
-                e.group if topic < 3 else e.subgroup
-            )  # there are ten subgroups to a group
-            # Once per step: a second picture of the topic would count as a mismatch of its own caption.
-            if by_topic and name not in used:
-                used.add(name)
-                texts.append(emoji.GROUP_TEMPLATES[template % len(emoji.GROUP_TEMPLATES)].format(name))
-            else:
-                texts.append(emoji.random_caption(e, generator))
+    def _texts(self, step: int, places: list[int], indices: list[int]) -> list[str]:
+        topics = self._topics(step) if self.topics else {}
+        texts = []
+        for place, i in zip(places, indices, strict=True):
+            drawn = generator_for(self.seed, _CAPTIONS, step, place) if place not in topics else None
+            texts.append(topics[place] if drawn is None else emoji.random_caption(self.data.emojis[i], drawn))
         return texts
+
+    def _topics(self, step: int) -> dict[int, str]:
+        """The places of the whole batch whose caption names only a topic, and those captions.
+
+        A topic is named once per step: a second picture of it would count as a mismatch of its own caption.
+        """
+        draws = self._epochs.draws(step, _CAPTIONS, range(self.batch_size))
+        places = draws.chance(self.topics).nonzero()[:, 0].tolist()
+        kinds, templates = draws.integers(12).tolist(), draws.integers(len(emoji.GROUP_TEMPLATES)).tolist()
+        rows, captions, used = self._epochs.batch(step), {}, set()
+        for place in places:
+            e = self.data.emojis[self.concepts[rows[place]]]
+            # there are ten subgroups to a group
+            name = emoji.spoken_group(e.group if kinds[place] < 3 else e.subgroup)
+            if name not in used:
+                used.add(name)
+                captions[place] = emoji.GROUP_TEMPLATES[templates[place]].format(name)
+        return captions
 
     def _other_style(self, index: int, row: int) -> int:
         rows = self._rows[index]
         return rows[(rows.index(row) + 1) % len(rows)]
 
-    def _with_tone(self, index: int, generator: torch.Generator) -> int:
-        toned = self._toned.get(index)
-        if not toned or torch.rand((), generator=generator) >= self.tones:
-            return index
-        return toned[int(torch.randint(len(toned), (), generator=generator))]
+    def _with_tone(self, index: int, drawn: float) -> int:
+        toned = self._toned.get(index, [index])
+        return toned[int(drawn * len(toned))]
 
     def evaluate(self, encoder: Encoder) -> EmojiEvaluation:
         """Evaluates on the held-out style and the held-out concepts."""
@@ -280,7 +351,7 @@ class PairCorpus:
     Args:
         store: the decoded pictures.
         size: side of the pictures that the model takes.
-        batch_size: captions per step and process.
+        batch_size: captions per step, over all processes.
         seed: see `generator_for`.
         augment: strength of the augmentation; 0: none.
         val_share: share of the pairs kept from training; at least one pair and at most 5,000 where it is not 0.
@@ -305,7 +376,7 @@ class PairCorpus:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.store, self.seed, self.rank = store, seed, rank
+        self.store = store
         count = len(store.source)
         held = min(max(1, round(val_share * count)), _KEPT_FROM_TRAINING_AT_MOST) if val_share else 0
         if count - held < world_size:
@@ -313,19 +384,28 @@ class PairCorpus:
                 f"train: {count} usable pairs are too few to keep {held} for the evaluation and to train {world_size} "
                 "process(es) on the rest; pass --val-share 0 to train on all"
             )
-        order = torch.randperm(count, generator=generator_for(seed, 2)).tolist()
+        order = torch.randperm(count, generator=generator_for(seed, _HELD)).tolist()
         self._held, self._trained = sorted(order[:held]), sorted(order[held:])
         captions = store.source.captions
         distinct = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
         self._labels = torch.tensor([distinct[caption] for caption in captions])
         self.one_to_one = len(distinct) == count
         self._augment = Augment(size, AugmentConfig(flip=0.0).scaled(augment))
-        self._epochs = _Epochs(len(self._trained), batch_size, seed, rank, world_size)
+        shards = None
+        if store.source.kind == "shards":
+            files = store.source.files()
+            shards = [files[row] for row in self._trained]
+        self._epochs = _Epochs(len(self._trained), batch_size, seed, rank, world_size, shards)
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps that show every pair once, but for what does not fill a batch."""
         return self._epochs.steps
+
+    @property
+    def batch_size(self) -> int:
+        """Captions per step, over all processes; fewer than asked for where there are no more."""
+        return self._epochs.batch_size
 
     def describe(self) -> str:
         """One sentence about what there is."""
@@ -341,14 +421,13 @@ class PairCorpus:
         return {}
 
     def batch(self, step: int, *, second_view: bool = False, single_source: bool = False) -> Batch:
-        """Draws the pairs of a step; they are all of one source."""
-        generator = generator_for(self.seed, 1, step, self.rank)
+        """Draws the pairs of a step, those of this process; they are all of one source."""
         pictures, rows = self.store.pictures([self._trained[row] for row in self._epochs.rows(step)])
         captions = [self.store.source.captions[i] for i in rows]
         labels = self._labels[torch.tensor(rows)]
         concepts = [Concept(i, text, -1, -1) for i, text in zip(labels.tolist(), captions, strict=True)]
-        images = self._augment(pictures, generator)
-        again = self._augment(pictures, generator_for(self.seed, 3, step, self.rank)) if second_view else None
+        images = self._augment(pictures, self._epochs.draws(step, _PICTURES))
+        again = self._augment(pictures, self._epochs.draws(step, _SECOND_VIEWS)) if second_view else None
         none = torch.full((len(rows),), -1)
         return Batch(images, captions, labels, labels, concepts, [()] * len(rows), none, again)
 

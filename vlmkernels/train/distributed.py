@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,14 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
+
+    def from_all(self, value: Any) -> list[Any]:
+        """What every process has, in the order of the ranks; all of them ask at the same point."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any of the processes, which all ask at the same point."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: from settings to a run folder with a model, an evaluation and a report.
 
-One step: a batch as a function of the step, the model's losses under autocast, backward, AdamW or Lion, the model's own
-work after a step (`vlmkernels.models.training` says how a model states what it needs). Everything random is drawn from
-the seed and the step, so that a run that was interrupted continues to the same bits on a CPU with the same number of
-threads.
+One step: a batch as a function of the step, the model's losses under autocast, backward (in micro-batches where asked
+for), AdamW or Lion, the model's own work after a step (`vlmkernels.models.training` says how a model states what it
+needs). Everything random is drawn from the seed and the step, so that a run that was interrupted continues to the same
+bits on a CPU with the same number of threads.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 
 from vlmkernels import _version
 from vlmkernels._files import write_text_atomically
+from vlmkernels.data.draws import generator_for, key_for
 from vlmkernels.data.tokenizer import Tokenizer
 from vlmkernels.data.transforms import transform_for
 from vlmkernels.models import create, save_pretrained
@@ -33,18 +34,23 @@ from vlmkernels.models.training import (
     Trainable,
     TrainingBatch,
     TrainingFacts,
+    contrastive_loss,
     trainable_config,
 )
 from vlmkernels.train import distributed
+from vlmkernels.train.batch_norm import synchronize_batch_norm
+from vlmkernels.train.cached import CachedContrastive, unsynchronized
 from vlmkernels.train.checkpoint import load_checkpoint, save_checkpoint
 from vlmkernels.train.config import TrainConfig
-from vlmkernels.train.corpora import Batch, EmojiCorpus, PairCorpus, generator_for
+from vlmkernels.train.corpora import Batch, EmojiCorpus, PairCorpus
 from vlmkernels.train.evaluation import EmojiEvaluation, Encoder, NeighbourEvaluation, PairsEvaluation, trim
-from vlmkernels.train.optim import WeightAverage, create_optimizer
+from vlmkernels.train.optim import DEFAULT_BETAS, WeightAverage, create_optimizer
 from vlmkernels.train.run_folder import RunFolder, has_checkpoint, open_run
 from vlmkernels.train.schedule import warmup_cosine
 
 logger = logging.getLogger(__name__)
+
+_DROPOUT, _WORDING = 100, 101  # what a key is for; `corpora` has the others
 
 
 class TrainingFailed(RuntimeError):
@@ -184,19 +190,28 @@ class _Run:
         if self.tokenizer is not None:
             self.tokenizer.context_length = trainable_config(self.model).text.context_length
         self.transform = transform_for(self.model)
-        self.total = max(1, round(config.epochs * self.corpus.steps_per_epoch))
+        self.total = max(1, round(config.epochs * self._steps_per_epoch))
         self.warmup = min(self.total, round(config.warmup * self.total))
         self.model.prepare_training(
             TrainingFacts(
                 self.total,
-                self.corpus.steps_per_epoch,
-                config.batch_size,
+                max(1, round(self._steps_per_epoch)),
+                self.corpus.batch_size,
                 tokenizer=self.tokenizer,
                 **self.corpus.facts(),
             )
         )
+        defaults = DEFAULT_BETAS[config.optimizer]
         self.optimizer = create_optimizer(
-            config.optimizer, self.model, lr=config.lr, weight_decay=config.weight_decay
+            config.optimizer,
+            self.model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            betas=(
+                defaults[0] if config.beta1 is None else config.beta1,
+                defaults[1] if config.beta2 is None else config.beta2,
+            ),
+            layer_decay=config.layer_decay,
         )
         self.average = WeightAverage(self.model, config.average) if config.average else None
         if config.resume and has_checkpoint(self.folder):
@@ -204,11 +219,28 @@ class _Run:
         elif self.processes.is_first:
             self._write_params()
             self.folder.rewind(0)
-        self.losses: torch.nn.Module = _Losses(self.model)
+        if config.micro_batch and type(self.model).training_losses is not Trainable.training_losses:
+            raise ValueError(
+                f"train: micro_batch is for models whose loss is contrastive alone; {config.model} has an objective of "
+                "its own"
+            )
+        self.losses: torch.nn.Module = self.model if config.micro_batch else _Losses(self.model)
         if self.processes.group is not None:
+            synchronize_batch_norm(self.model, self.processes.group)
             self.losses = torch.nn.parallel.DistributedDataParallel(
                 self.losses, find_unused_parameters=self.model.may_leave_unused
             )
+        batch, world = self.corpus.batch_size, self.processes.world_size
+        micro_batch = config.micro_batch or batch
+        # As many on every process, since they meet in batch norm, and none of them empty.
+        self.parts = min(math.ceil(math.ceil(batch / world) / micro_batch), batch // world)
+        self.contrast = CachedContrastive(
+            self.losses, self._contrastive_loss, micro_batch=micro_batch, context=self.autocast
+        )
+
+    @property
+    def _steps_per_epoch(self) -> float:
+        return self.corpus.steps_per_epoch / self.config.accumulate
 
     def _open_corpus(self, size: int, stack: contextlib.ExitStack) -> EmojiCorpus | PairCorpus:
         config, processes = self.config, self.processes
@@ -301,7 +333,7 @@ class _Run:
                     )
                 row = {
                     "step": self.step,
-                    "epoch": round(self.step / self.corpus.steps_per_epoch, 3),
+                    "epoch": round(self.step * config.accumulate / self.corpus.steps_per_epoch, 3),
                     "loss": round(mean, 5),
                     **{name: round(value, 5) for name, value in means.items()},
                     "lr": config.lr * factor,
@@ -330,30 +362,48 @@ class _Run:
         return {} if scale is None else {"logit_scale": round(float(scale.detach().exp()), 3)}
 
     def _train_step(self) -> tuple[dict[str, torch.Tensor], float, int]:
-        """One step; returns its losses, the factor on the learning rate, and how many pairs it saw."""
+        """One step; returns its losses, the factor on the learning rate, and how many pairs this process saw."""
+        config = self.config
         factor = warmup_cosine(self.step, steps=self.total, warmup=self.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * factor
-        # Dropout and the like draw from torch's generator: seeded per step, it needs no memory of earlier ones.
-        torch.manual_seed(
-            self.config.seed * 1_000_003 + self.step * self.processes.world_size + self.processes.rank
-        )
-        batch = self._batch()
-        with self.autocast():
-            losses = self.losses(batch)
+            group["lr"] = config.lr * factor * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        if self.config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        losses, pairs = [], 0
+        for i in range(config.accumulate):
+            number, last = self.step * config.accumulate + i, i == config.accumulate - 1
+            batch = self._batch(number)
+            # Dropout and the like draw from torch's generator: seeded per batch, it needs no memory of earlier ones.
+            # They, and a model's own wording of captions, are all that depends on how many processes share the batch.
+            torch.manual_seed(key_for(config.seed, _DROPOUT, number, self.processes.rank))
+            losses.append(self._add_gradients(batch, last=last))
+            pairs += len(batch.names)
+        if config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
-        detached = {name: value.detach() for name, value in losses.items()}
-        return detached, factor, len(batch.names)
+        return {name: torch.stack([x[name] for x in losses]).mean() for name in losses[0]}, factor, pairs
 
-    def _batch(self) -> TrainingBatch:
-        """Draws the step's batch and brings it to what the model takes."""
+    def _add_gradients(self, batch: TrainingBatch, *, last: bool) -> dict[str, torch.Tensor]:
+        """Adds a batch's share of the step's gradients; returns its losses."""
+        weight = 1 / self.config.accumulate
+        if self.config.micro_batch:
+            loss = self.contrast(
+                batch.images, batch.ids, weight=weight, synchronize=last, parts=self.parts, batch=batch
+            )
+            return {"loss": loss}
+        with contextlib.nullcontext() if last else unsynchronized(self.losses):
+            with self.autocast():
+                losses = self.losses(batch)
+            (losses["loss"] * weight).backward()
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _contrastive_loss(self, batch: TrainingBatch, **features: torch.Tensor) -> torch.Tensor:
+        return contrastive_loss(batch, smoothing=self.model.default_label_smoothing, **features)
+
+    def _batch(self, number: int) -> TrainingBatch:
+        """Draws a batch and brings it to what the model takes."""
         model, device = self.model, self.processes.device
         drawn = self.corpus.batch(
-            self.step, second_view=model.needs_second_view, single_source=model.needs_single_source
+            number, second_view=model.needs_second_view, single_source=model.needs_single_source
         )
 
         def normalized(x: torch.Tensor) -> torch.Tensor:
@@ -373,7 +423,7 @@ class _Run:
             options=self._contrastive_options(),
         )
         if self.tokenizer is not None:
-            generator = generator_for(self.config.seed, 5, self.step, self.processes.rank)
+            generator = generator_for(self.config.seed, _WORDING, number, self.processes.rank)
             texts = model.training_texts(drawn.concepts, drawn.keywords, drawn.source, generator)
             ids = self.tokenizer(drawn.texts if texts is None else texts)
             batch.ids = trim(ids, self.tokenizer.end_id).to(device)

@@ -103,8 +103,9 @@ def block_gradients(
             by_col -= block.smoothing / block.col_classes
         row_share = 1.0 if block.row_share is None else block.row_share[rows, None]
         col_share = 1.0 if block.col_share is None else block.col_share
-        by_row -= positive * (hard * row_share)
-        by_col -= positive * (hard * col_share)
+        target = positive.to(logits.dtype) * hard  # a bool times a number would be float32
+        by_row -= target * row_share
+        by_col -= target * col_share
         tile = by_row * row_weight[rows, None] + by_col * col_weight
         grad_scale += (tile.double() * dots).sum()
         _add_products(tile * scale, q[rows], k, None if grad_q is None else grad_q[rows], grad_k)
@@ -162,6 +163,7 @@ def _logits(dots: Tensor, scale: Tensor, block: Block) -> Tensor:
 
 
 def _positive(block: Block, rows: slice, logits: Tensor) -> Tensor:
+    """Bool [rows, columns]."""
     if block.row_labels is not None and block.col_labels is not None:
         return block.row_labels[rows, None] == block.col_labels
     assert block.positives is not None  # one of the two is how a block is made

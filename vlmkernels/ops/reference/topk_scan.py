@@ -319,12 +319,12 @@ def _merge(
     if not ascend:
         all_labels, order = all_labels.sort(dim=1, stable=True)
         all_scores = all_scores.gather(1, order)
-    order = _rank_keys(all_scores, all_labels < 0).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    order = rank_keys(all_scores, all_labels < 0).sort(dim=1, descending=True, stable=True).indices[:, :k]
     scores[touched] = all_scores.gather(1, order)
     labels[touched] = all_labels.gather(1, order)
 
 
-def _rank_keys(scores: Tensor, missing: Tensor) -> Tensor:
+def rank_keys(scores: Tensor, missing: Tensor) -> Tensor:
     """int64 keys in the order of scores, NaN below every number, missing below NaN."""
     narrow = torch.int64 if scores.dtype == torch.float64 else torch.int32
     # The bits of positive floats grow with their value, those of negative ones fall; adding 0.0 merges the two zeros.
