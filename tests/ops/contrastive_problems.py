@@ -8,16 +8,28 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from oracle import ULPS, assert_as_accurate, assert_typically_as_accurate, ulp
 from torch import Tensor
 
+from vlmkernels import _native
+from vlmkernels.ops import _triton
 from vlmkernels.ops import contrastive as ops
 from vlmkernels.ops.reference import contrastive as reference
 
 OPS = ("clip_loss", "siglip_loss", "multi_positive_loss", "info_nce", "linear_cross_entropy")
 SQUARE = ("clip_loss", "siglip_loss")  # as many texts as images
+
+#: Backends that a test of the contract runs with: Triton's kernels take cpu tensors where they are interpreted.
+BACKENDS = [
+    "reference",
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(_native.cpu_reason is not None, reason=str(_native.cpu_reason))
+    ),
+    *(["triton"] if _triton.INTERPRETED else []),
+]
 
 DRAWS = 3  # problems of one shape, where there is no reason for another number
 
@@ -43,6 +55,13 @@ class Problem:
         """The same call with every differentiable tensor in another dtype."""
         return replace(self, tensors={name: x.to(dtype) for name, x in self.tensors.items()})
 
+    def on(self, device: str) -> Problem:
+        """The same call with every tensor on a device."""
+        options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        return replace(
+            self, tensors={name: x.to(device) for name, x in self.tensors.items()}, options=options
+        )
+
     def but(self, **arguments: Any) -> Problem:
         """The same call with some arguments replaced (None drops a tensor)."""
         tensors = {name: arguments.pop(name, x) for name, x in self.tensors.items()}
@@ -64,7 +83,7 @@ class Problem:
             self, tensors={name: x.detach().requires_grad_() for name, x in self.tensors.items()}
         )
         loss = leaves.loss(functions, **keywords)
-        upstream = torch.as_tensor(upstream).to(loss.dtype).expand(loss.shape)
+        upstream = torch.as_tensor(upstream).to(loss).expand(loss.shape)
         grads = torch.autograd.grad(loss, list(leaves.tensors.values()), upstream, materialize_grads=True)
         return {
             "loss": loss.detach(),
@@ -186,10 +205,10 @@ def assert_accurate(
             # a sum over all pairs whose two halves, what is expected and what is observed, cancel
             half = max(dot.abs().max().item() for dot in dots) if name == "gradient of logit_scale" else 1.0
             assert_as_accurate(*triple, name, at_least=ULPS * ulp(half * weight * rows, torch.float32))
-        elif compute_dtype == torch.bfloat16 and name != "gradient of bias":
-            # the gradient tile is rounded to bf16 before it is multiplied, eager's reference only its product
+        elif compute_dtype in (torch.bfloat16, torch.float16) and name != "gradient of bias":
+            # the gradient tile is rounded to this dtype before it is multiplied, in eager's reference only its product
             scale = max(p.tensors["logit_scale"].abs().item() for p in problems)
-            rounding = torch.finfo(torch.bfloat16).eps / 2 * weight * scale * largest_feature
+            rounding = torch.finfo(compute_dtype).eps / 2 * weight * scale * largest_feature
             assert_typically_as_accurate(*triple, name, at_least=rounding)
         else:
             assert_typically_as_accurate(*triple, name)
@@ -203,10 +222,17 @@ def draws(op: str, n: int, m: int, d: int) -> list[Problem]:
 
 
 def check_accuracy(
-    problems: Sequence[Problem], *, upstream: Tensor | float = 0.37, compute_dtype: torch.dtype | None = None
+    problems: Sequence[Problem],
+    *,
+    upstream: Tensor | float = 0.37,
+    compute_dtype: torch.dtype | None = None,
+    backend: str = "cpu",
+    device: str = "cpu",
 ) -> None:
-    """The cpu kernels obey the accuracy rule, for the loss and for the gradient of every input."""
-    ours = [p.results(ops, backend="cpu", upstream=upstream, compute_dtype=compute_dtype) for p in problems]
+    """A backend's kernels obey the accuracy rule, for the loss and for the gradient of every input."""
+    settings = {"backend": backend, "upstream": upstream, "compute_dtype": compute_dtype}
+    ours = [p.on(device).results(ops, **settings) for p in problems]
+    ours = [{name: x.cpu() for name, x in results.items()} for results in ours]
     assert_accurate(problems, ours, upstream=upstream, compute_dtype=compute_dtype)
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_problems import DRAWS, OPERANDS, OPS, SQUARE, check_accuracy, draws, make, shapes
+from contrastive_problems import BACKENDS, DRAWS, OPERANDS, OPS, SQUARE, check_accuracy, draws, make, shapes
 from oracle import assert_as_accurate, ulp
 
 from vlmkernels import _native
@@ -18,7 +18,6 @@ from vlmkernels.ops.reference import contrastive as reference
 needs_cpu = pytest.mark.skipif(
     _native.cpu_reason is not None, reason=f"vlmkernels._cpu: {_native.cpu_reason}"
 )
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu)]
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_op = pytest.mark.parametrize("op", OPS)

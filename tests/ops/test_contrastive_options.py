@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_problems import DRAWS, OPERANDS, OPS, check_accuracy, make, row_gradient
+from contrastive_problems import BACKENDS, DRAWS, OPERANDS, OPS, check_accuracy, make, row_gradient
 
 from vlmkernels import _native
 from vlmkernels.ops import contrastive as ops
@@ -15,7 +15,6 @@ from vlmkernels.ops.reference import contrastive as reference
 needs_cpu = pytest.mark.skipif(
     _native.cpu_reason is not None, reason=f"vlmkernels._cpu: {_native.cpu_reason}"
 )
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu)]
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_op = pytest.mark.parametrize("op", OPS)

@@ -60,8 +60,7 @@ def compiled(launch: Launch, arch: int) -> Resources:
     source = ASTSource(
         launch.kernel, signature=signature(launch), constexprs=constants(launch), attrs=attributes(launch)
     )
-    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, **launch.options}
-    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     return resources(result.metadata.name, result.asm["cubin"], result.metadata.shared)
 
 
@@ -69,9 +68,8 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
     """One of every kind that would be compiled by itself."""
     kinds = {}
     for launch in launches:
-        options = (launch.tile.warps, launch.tile.stages, repr(launch.options))
-        key = (launch.kernel.__name__, repr(signature(launch)), repr(constants(launch)), *options)
-        kinds.setdefault((*key, repr(attributes(launch))), launch)
+        specialised = (signature(launch), constants(launch), attributes(launch), launch.options)
+        kinds.setdefault((launch.kernel.__name__, *map(repr, specialised)), launch)
     return list(kinds.values())
 
 

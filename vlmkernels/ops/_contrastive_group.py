@@ -39,7 +39,7 @@ class GroupLoss:
         op: public name, for errors.
         group: the process group.
         compute: dtype of the products.
-        backend: "cpu" or "reference".
+        backend: "cpu", "triton" or "reference".
         smoothing: label smoothing of the softmax objective.
     """
 
@@ -223,7 +223,7 @@ class _GroupSoftmax(torch.autograd.Function):
         # products are of operands in this dtype anyway, so nothing else needs to travel
         left, shards = _operand(q, loss), _Shards(ranks, _operand(k, loss))
         blocks = _softmax_blocks(loss, ranks, q, bias, row_labels, col_labels)
-        statistics, _, _ = _BLOCKS[loss.backend]
+        statistics, _, _ = _blocks(loss.backend)
         row: Tensor | None = None
         parts: dict[int, Tensor] = {}
         for owner in ranks.order:
@@ -261,7 +261,7 @@ class _GroupSoftmax(torch.autograd.Function):
         shards, col_lse = rest[:size], rest[size:]
         needs_q, needs_k, needs_scale, needs_bias = ctx.needs_input_grad[:4]
         upstream = _ordered_sum(ranks, [grad_loss])[0]
-        _, gradients, _ = _BLOCKS[loss.backend]
+        _, gradients, _ = _blocks(loss.backend)
         grad_q = torch.zeros(left.shape, dtype=row_lse.dtype, device=left.device) if needs_q else None
         columns = _ColumnGradients(ranks, ctx.inputs[1])
         grad_scale = torch.zeros((), dtype=torch.float64, device=left.device)
@@ -310,7 +310,7 @@ class _GroupSigmoid(torch.autograd.Function):
         weight = 1.0 / sum(ranks.rows) if sum(ranks.rows) else 0.0
         rows = torch.arange(q.shape[0], device=q.device) + ranks.first_row
         numbers = [torch.zeros((), dtype=torch.float64, device=q.device) for _ in range(3)]
-        _, _, sigmoid = _BLOCKS[loss.backend]
+        _, _, sigmoid = _blocks(loss.backend)
         for owner in ranks.order:
             block = Block(logit_bias=bias, positives=rows - ranks.first_col[owner])
             value, part, grad_scale, grad_bias = sigmoid(
@@ -424,7 +424,7 @@ def _cpu_launch(q: Tensor, k: Tensor, scale: Tensor, block: Block, **options: An
         row_labels=block.row_labels,
         col_labels=block.col_labels,
         smoothing=block.smoothing,
-        bf16=q.dtype == torch.bfloat16,
+        compute=q.dtype,
         **options,
     )
     launch = _Launch(call)
@@ -496,7 +496,12 @@ def _cpu_sigmoid(
     return value.double(), grad_k, grad_scale.double(), grad_bias.double()
 
 
-_BLOCKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    "reference": (reference.block_statistics, reference.block_gradients, reference.block_sigmoid),
-    "cpu": (_cpu_statistics, _cpu_gradients, _cpu_sigmoid),
-}
+def _blocks(backend: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """A backend's statistics, gradients and sigmoid."""
+    if backend == "cpu":
+        return _cpu_statistics, _cpu_gradients, _cpu_sigmoid
+    if backend == "triton":
+        from vlmkernels.ops.triton import contrastive_blocks as kernels
+
+        return kernels.block_statistics, kernels.block_gradients, kernels.block_sigmoid
+    return reference.block_statistics, reference.block_gradients, reference.block_sigmoid

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _native
-from vlmkernels.ops._library import register_op
+from vlmkernels.ops._library import no_autocast, register_op
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -24,7 +24,7 @@ class Arguments(NamedTuple):
     """What all ops of the family take, in the order of their schemas.
 
     Attributes:
-        q: [..., N, D] float32 or bfloat16; any strides.
+        q: [..., N, D] float32, bfloat16 or float16; any strides.
         k: [..., M, D].
         scale: [] float32.
         bias: [] float32, added to every logit.
@@ -34,7 +34,7 @@ class Arguments(NamedTuple):
         key_mask: [..., M] bool, True = usable.
         ignore_index: rows with this positive count nowhere.
         columns: the loss is the mean of both directions.
-        bf16: products in bfloat16 instead of float32.
+        compute: dtype of the products.
     """
 
     q: Tensor
@@ -50,14 +50,15 @@ class Arguments(NamedTuple):
     columns: bool = False
     smoothing: float = 0.0
     reduction: str = "mean"
-    bf16: bool = False
+    compute: torch.dtype = torch.float32
 
 
 _TENSORS = 9
 _COUNT = len(Arguments._fields)
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor scale, Tensor? bias, Tensor? key_bias, Tensor? positives, Tensor? row_labels, "
-    "Tensor? col_labels, Tensor? key_mask, int? ignore_index, bool columns, float smoothing, str reduction, bool bf16"
+    "Tensor? col_labels, Tensor? key_mask, int? ignore_index, bool columns, float smoothing, str reduction, "
+    "ScalarType compute"
 )
 
 
@@ -77,7 +78,7 @@ class _Launch:
             "m": m,
             "d": d,
             "columns": call.columns,
-            "bf16": call.bf16,
+            "bf16": call.compute == torch.bfloat16,
             "reduction": REDUCTIONS.index(call.reduction),
             "smoothing": call.smoothing,
             "ignores": call.ignore_index is not None,
@@ -115,6 +116,12 @@ class _Launch:
         _native.call(op, function, call, at + -at % 64, threads)
 
 
+def _triton_kernels() -> Any:
+    from vlmkernels.ops.triton import contrastive
+
+    return contrastive
+
+
 def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.op = inputs[-1]
 
@@ -126,7 +133,7 @@ def _second_backward(ctx: Any, *grads: Tensor) -> None:
 
 
 def _softmax_fake(*args: Any) -> tuple[Tensor, ...]:
-    call, (keep, _) = Arguments(*args[:_COUNT]), args[_COUNT:]
+    call, (keep, *_) = Arguments(*args[:_COUNT]), args[_COUNT:]
     batch, n, m = call.q.shape[:-2], call.q.shape[-2], call.k.shape[-2]
     shapes = (
         (*batch, n) if call.reduction == "none" else (),  # loss
@@ -138,7 +145,10 @@ def _softmax_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _softmax_impl(*args: Any) -> tuple[Tensor, ...]:
-    call, (_, op) = Arguments(*args[:_COUNT]), args[_COUNT:]
+    call, (_, backend, op) = Arguments(*args[:_COUNT]), args[_COUNT:]
+    if backend == "triton":
+        with no_autocast(call.q.device.type):
+            return _triton_kernels().softmax_forward(call, _softmax_fake(*args))
     outputs = _softmax_fake(*args)
     launch = _Launch(call)
     for name, tensor in zip(("loss", "row_lse", "col_lse", "saved"), outputs, strict=True):
@@ -149,18 +159,18 @@ def _softmax_impl(*args: Any) -> tuple[Tensor, ...]:
 
 def _softmax_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:_TENSORS], *output[1:])
-    ctx.options, ctx.op = inputs[_TENSORS:_COUNT], inputs[-1]
+    ctx.options, ctx.backend, ctx.op = inputs[_TENSORS:_COUNT], inputs[-2], inputs[-1]
     ctx.set_materialize_grads(False)
 
 
 def _softmax_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * (_COUNT + 2)
+    nothing: tuple[None, ...] = (None,) * (_COUNT + 3)
     if grad_loss is None:
         return nothing
     tensors, kept = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
     needs = list(ctx.needs_input_grad[:5])
     grad_q, grad_k, grad_scale, grad_key_bias = softmax_contrastive_backward(
-        grad_loss, *tensors, *ctx.options, *kept, needs, ctx.op
+        grad_loss, *tensors, *ctx.options, *kept, needs, ctx.backend, ctx.op
     )
     grads = (
         grad_q if needs[0] else None,
@@ -175,7 +185,7 @@ def _softmax_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[T
 
 
 def _softmax_backward_fake(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call, needs = Arguments(*args[:_COUNT]), args[-2]
+    call, needs = Arguments(*args[:_COUNT]), args[-3]
     return (
         call.q.new_empty(call.q.shape if needs[0] else 0),
         call.k.new_empty(call.k.shape if needs[1] else 0),
@@ -185,7 +195,11 @@ def _softmax_backward_fake(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _softmax_backward_impl(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call, (*kept, needs, op) = Arguments(*args[:_COUNT]), args[_COUNT:]
+    call, (*kept, needs, backend, op) = Arguments(*args[:_COUNT]), args[_COUNT:]
+    if backend == "triton":
+        outputs = _softmax_backward_fake(grad_loss, *args)
+        with no_autocast(call.q.device.type):
+            return _triton_kernels().softmax_backward(grad_loss, call, kept, needs, outputs)
     launch = _Launch(call)
     for name, tensor in zip(("row_lse", "col_lse", "saved"), kept, strict=True):
         launch.add(name, tensor)
@@ -200,7 +214,8 @@ def _softmax_backward_impl(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 softmax_contrastive_backward = register_op(
     "softmax_contrastive_backward",
-    f"(Tensor grad_loss, {_SCHEMA}, Tensor row_lse, Tensor col_lse, Tensor dots, bool[] needs, str op) "
+    f"(Tensor grad_loss, {_SCHEMA}, Tensor row_lse, Tensor col_lse, Tensor dots, bool[] needs, "
+    "str backend, str op) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_scale, Tensor grad_key_bias)",
     fake=_softmax_backward_fake,
     impl=_softmax_backward_impl,
@@ -209,7 +224,7 @@ softmax_contrastive_backward = register_op(
 )
 softmax_contrastive = register_op(
     "softmax_contrastive",
-    f"({_SCHEMA}, bool keep, str op) -> (Tensor loss, Tensor row_lse, Tensor col_lse, Tensor dots)",
+    f"({_SCHEMA}, bool keep, str backend, str op) -> (Tensor loss, Tensor row_lse, Tensor col_lse, Tensor dots)",
     fake=_softmax_fake,
     impl=_softmax_impl,
     setup_context=_softmax_setup,
@@ -218,7 +233,7 @@ softmax_contrastive = register_op(
 
 
 def _one_pass_fake(*args: Any) -> tuple[Tensor, ...]:
-    call, (_, needs, _) = Arguments(*args[:_COUNT]), args[_COUNT:]
+    call, needs = Arguments(*args[:_COUNT]), args[-3]
     return (
         torch.empty_like(call.scale),  # loss
         call.q.new_empty(call.q.shape if needs[0] else 0),
@@ -230,7 +245,10 @@ def _one_pass_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _one_pass_impl(*args: Any) -> tuple[Tensor, ...]:
-    call, (sigmoid, needs, op) = Arguments(*args[:_COUNT]), args[_COUNT:]
+    call, (sigmoid, needs, backend, op) = Arguments(*args[:_COUNT]), args[_COUNT:]
+    if backend == "triton":
+        with no_autocast(call.q.device.type):
+            return _triton_kernels().one_pass(call, sigmoid, needs, _one_pass_fake(*args))
     launch = _Launch(call)
     loss, _, _, grad_scale, grad_bias, grad_key_bias = _one_pass_fake(*args)
     launch.add("loss", loss)
@@ -251,7 +269,7 @@ def _one_pass_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _one_pass_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * (_COUNT + 3)
+    nothing: tuple[None, ...] = (None,) * (_COUNT + 4)
     if grad_loss is None:
         return nothing
     needs, grads = ctx.needs_input_grad[:5], ctx.saved_tensors
@@ -269,6 +287,7 @@ def _may_hand_over(grad_loss: Tensor) -> bool:
     is retained: what is handed out may be written to, and the next backward needs the original."""
     return (
         type(grad_loss) is Tensor
+        and grad_loss.device.type == "cpu"  # elsewhere asking for its value waits for the device
         and not torch.is_grad_enabled()
         and not torch._C._autograd._get_current_graph_task_keep_graph()
         and grad_loss.item() == 1.0
@@ -294,7 +313,7 @@ one_pass_contrastive_backward = register_op(
 )
 one_pass_contrastive = register_op(
     "one_pass_contrastive",
-    f"({_SCHEMA}, bool sigmoid, bool[] needs, str op) -> (Tensor loss, Tensor grad_q, Tensor grad_k, "
+    f"({_SCHEMA}, bool sigmoid, bool[] needs, str backend, str op) -> (Tensor loss, Tensor grad_q, Tensor grad_k, "
     "Tensor grad_scale, Tensor grad_bias, Tensor grad_key_bias)",
     fake=_one_pass_fake,
     impl=_one_pass_impl,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlmkernels import _native
-from vlmkernels.ops import _check, dispatch
+from vlmkernels.ops import _check, _triton, dispatch
 from vlmkernels.ops._contrastive_group import GroupLoss, group_sigmoid, group_softmax
 from vlmkernels.ops._contrastive_ops import REDUCTIONS, Arguments, one_pass_contrastive, softmax_contrastive
 from vlmkernels.ops._library import autocast_dtype
@@ -21,6 +21,7 @@ from vlmkernels.ops.reference import contrastive as reference
 KEEP_BYTES = 64 * 2**20
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def clip_loss(
@@ -46,7 +47,7 @@ def clip_loss(
         group: a `torch.distributed` process group whose ranks pass their shards, [N, D] each, of any number of rows;
             see below. None: this process alone.
         compute_dtype: dtype of the products (sums are float32); default, autocast's or the features' own.
-        backend: None, "reference" or "cpu".
+        backend: None, "reference", "cpu" or "triton"; see `vk.backends()`.
 
     Returns:
         Scalar, float32 (float64 for float64). NaN for N = 0. Deterministic on every backend.
@@ -82,7 +83,8 @@ def clip_loss(
         return group_softmax(
             settings, image_features, text_features, _as_scalar(logit_scale, image_features), bias
         )
-    if _choose(op, image_features, text_features, compute, backend) == "reference":
+    chosen = _choose(op, image_features, text_features, compute, backend)
+    if chosen == "reference":
         return reference.clip_loss(
             image_features,
             text_features,
@@ -93,11 +95,12 @@ def clip_loss(
         )
     return _softmax_loss(
         op,
+        chosen,
         image_features,
         text_features,
         logit_scale,
         compute,
-        bias=None if logit_bias is None else _as_scalar(logit_bias),
+        bias=None if logit_bias is None else _as_scalar(logit_bias, image_features),
         columns=True,
         smoothing=label_smoothing,
     )
@@ -127,7 +130,7 @@ def siglip_loss(
         group: a `torch.distributed` process group whose ranks pass their shards, [N, D] each, as in
             `clip_loss`; labels are compared over the whole group.
         compute_dtype: dtype of the products (sums are float32); default, autocast's or the features' own.
-        backend: None, "reference" or "cpu".
+        backend: None, "reference", "cpu" or "triton"; see `vk.backends()`.
 
     Returns:
         Scalar, float32 (float64 for float64): all N * N pairs, divided by N. NaN for N = 0. Deterministic.
@@ -151,12 +154,20 @@ def siglip_loss(
         settings = _over_group(op, group, image_features, text_features, compute, backend)
         scale, bias = (_as_scalar(x, image_features) for x in (logit_scale, logit_bias))
         return group_sigmoid(settings, image_features, text_features, scale, bias)
-    if _choose(op, image_features, text_features, compute, backend) == "reference":
+    chosen = _choose(op, image_features, text_features, compute, backend)
+    if chosen == "reference":
         return reference.siglip_loss(
             image_features, text_features, logit_scale, logit_bias, compute_dtype=compute
         )
     return _one_pass_loss(
-        op, image_features, text_features, logit_scale, compute, bias=_as_scalar(logit_bias), sigmoid=True
+        op,
+        chosen,
+        image_features,
+        text_features,
+        logit_scale,
+        compute,
+        bias=_as_scalar(logit_bias, image_features),
+        sigmoid=True,
     )
 
 
@@ -185,7 +196,7 @@ def multi_positive_loss(
         group: a `torch.distributed` process group whose ranks pass their shards, [N, D] each, as in
             `clip_loss`; labels are compared over the whole group.
         compute_dtype: dtype of the products (sums are float32); default, autocast's or the features' own.
-        backend: None, "reference" or "cpu".
+        backend: None, "reference", "cpu" or "triton"; see `vk.backends()`.
 
     Returns:
         Scalar, float32 (float64 for float64). Rows (columns) without a positive leave their direction's mean; NaN where
@@ -211,12 +222,14 @@ def multi_positive_loss(
         settings = _over_group(op, group, image_features, text_features, compute, backend)
         scale = _as_scalar(logit_scale, image_features)
         return group_softmax(settings, image_features, text_features, scale, None, image_labels, text_labels)
-    if _choose(op, image_features, text_features, compute, backend) == "reference":
+    chosen = _choose(op, image_features, text_features, compute, backend)
+    if chosen == "reference":
         return reference.multi_positive_loss(
             image_features, text_features, logit_scale, image_labels, text_labels, compute_dtype=compute
         )
     return _softmax_loss(
         op,
+        chosen,
         image_features,
         text_features,
         logit_scale,
@@ -248,7 +261,7 @@ def info_nce(
         key_mask: [..., M], bool, True = usable; a positive must be.
         reduction: "mean", "sum" or "none".
         compute_dtype: dtype of the products (sums are float32); default, autocast's or the features' own.
-        backend: None, "reference" or "cpu".
+        backend: None, "reference", "cpu" or "triton"; see `vk.backends()`.
 
     Returns:
         Scalar, or [..., N] with "none"; float32 (float64 for float64). Deterministic.
@@ -276,10 +289,12 @@ def info_nce(
         _check.boolean(op, "key_mask", key_mask)
         _check.same_device(op, keys=keys, key_mask=key_mask)
         _check.shape(op, "key_mask", key_mask, keys.shape[:-1], "[..., M]")
-    if _choose(op, queries, keys, compute, backend) == "reference":
+    chosen = _choose(op, queries, keys, compute, backend)
+    if chosen != "cpu":
         if positives is not None:
             _check_values(op, "positives", positives, keys.shape[-2])
         _check_usable(op, positives, key_mask, queries)
+    if chosen == "reference":
         return reference.info_nce(
             queries,
             keys,
@@ -290,7 +305,15 @@ def info_nce(
             compute_dtype=compute,
         )
     return _softmax_loss(
-        op, queries, keys, logit_scale, compute, positives=positives, key_mask=key_mask, reduction=reduction
+        op,
+        chosen,
+        queries,
+        keys,
+        logit_scale,
+        compute,
+        positives=positives,
+        key_mask=key_mask,
+        reduction=reduction,
     )
 
 
@@ -322,7 +345,7 @@ def linear_cross_entropy(
         logit_scale: number or 0-d tensor.
         reduction: "mean" (over the targets that count), "sum" or "none" (0 for ignored ones).
         compute_dtype: dtype of the products (sums are float32); default, autocast's or hidden's own.
-        backend: None, "reference" or "cpu".
+        backend: None, "reference", "cpu" or "triton"; see `vk.backends()`.
 
     Returns:
         Scalar, or [...] with "none"; float32 (float64 for float64). All ignored gives NaN, as torch. Deterministic.
@@ -353,8 +376,10 @@ def linear_cross_entropy(
     _check.scalar(op, "logit_scale", logit_scale)
     _check.probability(op, "label_smoothing", label_smoothing)
     _check.one_of(op, "reduction", reduction, REDUCTIONS)
-    if _choose(op, hidden, weight, compute, backend) == "reference":
+    chosen = _choose(op, hidden, weight, compute, backend)
+    if chosen != "cpu":
         _check_values(op, "targets", targets, weight.shape[0], ignore_index)
+    if chosen == "reference":
         return reference.linear_cross_entropy(
             hidden,
             weight,
@@ -375,8 +400,8 @@ def linear_cross_entropy(
         "reduction": reduction,
     }
     if reduction == "none":
-        return _softmax_loss(op, rows, weight, logit_scale, compute, **options).reshape(targets.shape)
-    return _one_pass_loss(op, rows, weight, logit_scale, compute, **options)
+        return _softmax_loss(op, chosen, rows, weight, logit_scale, compute, **options).reshape(targets.shape)
+    return _one_pass_loss(op, chosen, rows, weight, logit_scale, compute, **options)
 
 
 # Checks and choices shared by the five functions.
@@ -507,18 +532,29 @@ def _cpu_reasons(call: dispatch.Call) -> list[str]:
     return reasons
 
 
+def _triton_reasons(call: dispatch.Call) -> list[str]:
+    reasons = _triton.reasons(call)
+    dtypes = (call.dtype, *call.facts["dtypes"])
+    if any(dtype not in _TRITON_DTYPES for dtype in dtypes):
+        shown = " and ".join(map(str, dict.fromkeys(dtypes)))
+        reasons.append(f"features and products are float32, bfloat16 or float16, not {shown}")
+    return reasons
+
+
 for _op in ("clip_loss", "siglip_loss", "multi_positive_loss", "info_nce", "linear_cross_entropy"):
     dispatch.register_backend(_op, "cpu", _cpu_reasons, priority=10)
+    dispatch.register_backend(
+        _op, "triton", _triton_reasons, priority=_triton.PRIORITY, not_default=_triton.not_default
+    )
 
 
-def _as_scalar(x: Tensor | float, features: Tensor | None = None) -> Tensor:
+def _as_scalar(x: Tensor | float, features: Tensor) -> Tensor:
     # float32 whatever it was: a learned scale is a float32 parameter, and a number has no gradient to lose. Only
     # beside float64 features, which the kernels do not take, float64.
-    wide = features is not None and features.dtype == torch.float64
-    dtype, device = torch.float64 if wide else torch.float32, None if features is None else features.device
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     if isinstance(x, Tensor):
-        return x.reshape(()).to(dtype=dtype, device=device)
-    return torch.tensor(float(x), dtype=dtype, device=device)
+        return x.reshape(()).to(dtype=dtype, device=features.device)
+    return torch.full((), float(x), dtype=dtype, device=features.device)
 
 
 def _wants_gradients(*tensors: Tensor | None) -> list[bool]:
@@ -527,16 +563,23 @@ def _wants_gradients(*tensors: Tensor | None) -> list[bool]:
 
 
 def _softmax_loss(
-    op: str, q: Tensor, k: Tensor, logit_scale: Tensor | float, compute: torch.dtype, **options: Any
+    op: str,
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    logit_scale: Tensor | float,
+    compute: torch.dtype,
+    **options: Any,
 ) -> Tensor:
-    call = Arguments(q, k, _as_scalar(logit_scale), bf16=compute == torch.bfloat16, **options)
+    call = Arguments(q, k, _as_scalar(logit_scale, q), compute=compute, **options)
     logits = math.prod(q.shape[:-1]) * k.shape[-2]
     keep = 4 * logits <= KEEP_BYTES and any(_wants_gradients(q, k, call.scale, call.key_bias))
-    return softmax_contrastive(*call, keep, op)[0]
+    return softmax_contrastive(*call, keep, backend, op)[0]
 
 
 def _one_pass_loss(
     op: str,
+    backend: str,
     q: Tensor,
     k: Tensor,
     logit_scale: Tensor | float,
@@ -545,6 +588,6 @@ def _one_pass_loss(
     sigmoid: bool = False,
     **options: Any,
 ) -> Tensor:
-    call = Arguments(q, k, _as_scalar(logit_scale), bf16=compute == torch.bfloat16, **options)
+    call = Arguments(q, k, _as_scalar(logit_scale, q), compute=compute, **options)
     needs = _wants_gradients(q, k, call.scale, call.bias, call.key_bias)
-    return one_pass_contrastive(*call, sigmoid, needs, op)[0]
+    return one_pass_contrastive(*call, sigmoid, needs, backend, op)[0]

@@ -34,15 +34,13 @@ class Launch:
         kernel: the jitted function.
         arguments: run-time arguments by name.
         constants: compile-time arguments by name, block sizes included.
-        tile: warps and stages.
-        options: further compiler options.
+        options: of the compiler: warps, stages, limits.
         grid: number of programs.
     """
 
     kernel: Any
     arguments: dict[str, Any]
     constants: dict[str, Any]
-    tile: Tile
     options: dict[str, Any]
     grid: int
 
@@ -118,19 +116,21 @@ def launch(
     if grid >= 2**31:
         raise ValueError(f"vlmkernels: a grid of {grid} programs, the limit is 2**31 - 1")
     constants = {**tile.blocks, **constants}
-    options = {"enable_fp_fusion": False} if exact_float else {}
+    options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.registers:
+        options["maxnreg"] = tile.registers
+    if exact_float:
+        options["enable_fp_fusion"] = False
     if _recorded is not None:
         names = kernel.arg_names[: len(arguments)]
-        _recorded.append(
-            Launch(kernel, dict(zip(names, arguments, strict=True)), constants, tile, options, grid)
-        )
+        _recorded.append(Launch(kernel, dict(zip(names, arguments, strict=True)), constants, options, grid))
         return
     if INTERPRETED:
         kernel[(grid,)](*arguments, **constants)
         return
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     with torch.cuda.device(device):
-        kernel[(grid,)](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages, **options)
+        kernel[(grid,)](*arguments, **constants, **options)
 
 
 @triton.jit
