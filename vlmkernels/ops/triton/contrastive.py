@@ -87,7 +87,7 @@ class Chunk:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return tuple(part.stop - part.start for part in (self.batch, self.rows, self.cols))  # type: ignore[return-value]
+        return tuple(part.stop - part.start for part in (self.batch, self.rows, self.cols))
 
 
 def problem_of(call: Arguments) -> Problem:
