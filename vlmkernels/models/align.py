@@ -23,7 +23,7 @@ Choices:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -64,7 +64,6 @@ _STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-_BN = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)  # TensorFlow counts momentum from the other end: 0.99
 _SMALLEST_TEMPERATURE = 1e-3
 
 
@@ -79,6 +78,7 @@ class EfficientNetConfig:
         stages: (repeats, kernel, stride, expansion, channels) of each stage before scaling.
         stem: Channels of the stem before scaling.
         drop_connect: Stochastic depth rate that the last block would have.
+        norm_momentum: Share of each batch in the running statistics (TensorFlow counts from the other end: 0.99).
         port_padding: Pad odd sizes as transformers' port does.
         image_mean: Mean that `vk.data.transform_for` subtracts, per channel.
         image_std: Deviation that `vk.data.transform_for` divides by, per channel.
@@ -90,6 +90,7 @@ class EfficientNetConfig:
     stages: tuple[tuple[int, int, int, int, int], ...] = _STAGES
     stem: int = 32
     drop_connect: float = 0.2
+    norm_momentum: float = 0.01
     port_padding: bool = False
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -175,6 +176,7 @@ class MBConv(nn.Module):
         residual: Whether input and output are added.
         drop_path: Rate of dropping the block per sample, in training.
         port_padding: See `EfficientNetConfig`.
+        norm_layer: Called as `norm_layer(channels)`.
     """
 
     def __init__(
@@ -186,24 +188,25 @@ class MBConv(nn.Module):
         expansion: int,
         *,
         residual: bool,
-        drop_path: float,
-        port_padding: bool,
+        drop_path: float = 0.0,
+        port_padding: bool = False,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
         hidden, reduced = in_width * expansion, max(1, in_width // 4)
         if expansion != 1:
             self.expand_conv: nn.Module | None = nn.Conv2d(in_width, hidden, 1, bias=False)
-            self.expand_bn: nn.Module | None = _BN(hidden)
+            self.expand_bn: nn.Module | None = norm_layer(hidden)
         else:
             self.expand_conv = self.expand_bn = None
         self.depthwise_conv = _SameConv(
             hidden, hidden, kernel, stride=stride, groups=hidden, port_padding=port_padding
         )
-        self.depthwise_bn = _BN(hidden)
+        self.depthwise_bn = norm_layer(hidden)
         self.squeeze_reduce = nn.Conv2d(hidden, reduced, 1)
         self.squeeze_expand = nn.Conv2d(reduced, hidden, 1)
         self.project_conv = nn.Conv2d(hidden, width, 1, bias=False)
-        self.project_bn = _BN(width)
+        self.project_bn = norm_layer(width)
         self.residual = residual
         self.drop_path = DropPath(drop_path)
 
@@ -229,9 +232,10 @@ class EfficientNet(nn.Module):
 
     def __init__(self, config: EfficientNetConfig, embed_dim: int) -> None:
         super().__init__()
+        norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=config.norm_momentum)
         width = config.channels(config.stem)
         self.stem_conv = _SameConv(3, width, 3, stride=2, port_padding=config.port_padding)
-        self.stem_bn = _BN(width)
+        self.stem_bn = norm(width)
         total = sum(config.repeats(stage[0]) for stage in config.stages)
         self.blocks = nn.ModuleList()
         for repeats, kernel, stride, expansion, base in config.stages:
@@ -249,6 +253,7 @@ class EfficientNet(nn.Module):
                         residual=repeat > 0,
                         drop_path=config.drop_connect * len(self.blocks) / total,
                         port_padding=config.port_padding,
+                        norm_layer=norm,
                     )
                 )
                 width = out_width
@@ -493,7 +498,12 @@ CONFIGS: dict[str, ALIGNConfig] = {
     "align-emoji": ALIGNConfig(
         128,
         EfficientNetConfig(
-            48, 1.0, 1.0, ((1, 3, 1, 1, 16), (1, 3, 2, 4, 32), (1, 5, 2, 4, 64), (1, 3, 2, 4, 128)), 16
+            48,
+            1.0,
+            1.0,
+            ((1, 3, 1, 1, 16), (1, 3, 2, 4, 32), (1, 5, 2, 4, 64), (1, 3, 2, 4, 128)),
+            16,
+            norm_momentum=0.1,  # a run of minutes has few steps for its statistics
         ),
         TextConfig(4096, 32, 128, 2, dropout=0.1),
         init_temperature=0.1,
