@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmkernels.ops import _check, _linear_cpu
+from vlmkernels.ops import _check, _linear_cpu, _linear_triton, _triton
 from vlmkernels.ops._library import autocast_dtype, differentiate, follow_autocast, like_inputs, register_op
 from vlmkernels.ops.dispatch import Call, choose, register_backend
 from vlmkernels.ops.reference import linear as reference
@@ -185,6 +185,11 @@ def _linear_impl(
         return _linear_cpu.forward(
             "linear", kind, x, features, 0, None, weight, bias, activation, residual, None, out
         )
+    if backend == "triton":
+        out = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=reference.output_dtype(x, residual))
+        return _linear_triton.forward(
+            x, "float", (weight, None, None), bias, activation, residual, None, out, compute_dtype
+        )
     return reference.linear(
         x, weight, bias, activation=activation, residual=residual, compute_dtype=compute_dtype
     ).contiguous()
@@ -257,6 +262,10 @@ def _linear_backward_impl(
             ),
         )
         return grads
+    if backend == "triton":
+        return _linear_triton.backward(
+            grad_out, x, "float", (weight, None, None), bias, activation, None, compute_dtype, needs
+        )
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return reference.linear(
@@ -286,3 +295,10 @@ _linear = register_op(
 )
 
 register_backend("linear", "cpu", _linear_cpu.float_reasons, not_default=_linear_cpu.not_default, priority=10)
+register_backend(
+    "linear",
+    "triton",
+    _linear_triton.float_reasons,
+    not_default=_linear_triton.not_default,
+    priority=_triton.PRIORITY,
+)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _native
-from vlmkernels.ops import _check, _linear_cpu, _quantized_cuda
+from vlmkernels.ops import _check, _linear_cpu, _linear_triton, _quantized_cuda, _triton
 from vlmkernels.ops._library import differentiate, like_inputs, register_op
 from vlmkernels.ops.dispatch import Call, choose, register_backend
 from vlmkernels.ops.linear import operands_under_autocast
@@ -410,6 +410,11 @@ def _quantized_impl(
     if backend == "cuda" and scale is not None:
         out = x.new_empty((*x.shape[:-1], weight_q.shape[0]), dtype=output_dtype(x, residual))
         return _quantized_cuda.forward(x, weight_q, scale, bias, activation, residual, input_scale, out)
+    if backend == "triton":
+        out = x.new_empty((*x.shape[:-1], weight_q.shape[0]), dtype=output_dtype(x, residual))
+        return _linear_triton.forward(
+            x, scheme, (weight_q, scale, zero_point), bias, activation, residual, input_scale, out
+        )
     return reference.quantized_linear(
         x,
         weight_q,
@@ -502,6 +507,12 @@ def _quantized_backward_impl(
             (grad_x if wanted[0] else None, None, grad_bias if wanted[1] else None),
         )
         return grad_x, grad_bias
+    if backend == "triton":
+        weight = (weight_q, scale, zero_point)
+        grads = _linear_triton.backward(
+            grad_out, x, scheme, weight, bias, activation, input_scale, None, [needs[0], False, needs[1]]
+        )
+        return grads[0], grads[2]
 
     def forward(x: Tensor, bias: Tensor | None) -> Tensor:
         return reference.quantized_linear(
@@ -539,6 +550,13 @@ _quantized_linear = register_op(
 )
 
 register_backend("quantized_linear", "cpu", _linear_cpu.quantized_reasons, priority=10)
+register_backend(
+    "quantized_linear",
+    "triton",
+    _linear_triton.quantized_reasons,
+    not_default=_triton.not_default,
+    priority=_triton.PRIORITY,
+)
 if _native.cpu_reason is None:
     for _scheme in _linear_cpu.KINDS:
         register_packing("cpu", "cpu", _scheme, functools.partial(_linear_cpu.pack, _scheme))
