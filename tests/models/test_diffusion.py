@@ -339,7 +339,7 @@ def test_guidance_raises_agreement_and_lowers_usefulness_as_training_data(digits
         holds=holds,
         seeds=[0],
     )
-    assert last < 0.2 and agreement[2.0] > 0.5
+    assert last < 0.15 and agreement[1.0] > 0.8
 
 
 @pytest.mark.slow
@@ -356,7 +356,8 @@ def test_digits_are_classified_by_denoising_and_pruning_costs_little(digits_mode
 
     by_steps = {n: accuracy((n,), (1,)) for n in (2, 8, 40)}
     staged = accuracy((8, 40), (2, 1))  # 8 * 10 + 32 * 2 evaluations instead of 400
-    holds = by_steps[40] > 0.8 and by_steps[2] < by_steps[8] <= by_steps[40] and staged > by_steps[40] - 0.02
+    rising = by_steps[2] <= by_steps[8] <= by_steps[40] and by_steps[2] < by_steps[40]
+    holds = by_steps[40] > 0.8 and rising and staged > by_steps[40] - 0.02
     record_claim(
         system="Diffusion Classifier",
         claim="a class-conditional denoiser classifies, better with more timesteps, and pruning costs little",

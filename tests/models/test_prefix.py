@@ -227,6 +227,7 @@ class _TwoSources:
         return model
 
 
+# 290 pictures name 290 classes: at 12% the standard error is 1.9 points, so that a difference of one seed says little.
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_prefixes_raise_zero_shot_accuracy(seed, record_claim):
