@@ -125,6 +125,24 @@ def quantize_rows(
     stream: int,
 ) -> None: ...
 def quantized_linear(call: QuantizedLinearCall, device: int, stream: int) -> None: ...
+def topk_scan(
+    queries: int,
+    database: int,
+    n: int,
+    m: int,
+    row_bytes: int,
+    bf16: bool,
+    slack: int,
+    limit: int,
+    scale: int,
+    shift: int,
+    reach: int,
+    candidates: int,
+    capacity: int,
+    counts: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def attention_forward(call: AttentionCall, device: int, stream: int) -> None: ...
 def attention_backward(call: AttentionCall, device: int, stream: int) -> None: ...
 def architectures() -> list[str]: ...

@@ -18,6 +18,7 @@ namespace vk {
 void bind_cuda_attention(py::module_& m);
 void bind_cuda_contrastive(py::module_& m);
 void bind_cuda_quantized(py::module_& m);
+void bind_cuda_topk(py::module_& m);
 
 namespace {
 
@@ -101,4 +102,5 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   vk::bind_cuda_attention(m);
   vk::bind_cuda_contrastive(m);
   vk::bind_cuda_quantized(m);
+  vk::bind_cuda_topk(m);
 }
