@@ -45,6 +45,56 @@ class AttentionCall:
     ) -> None: ...
     def plan(self, backward: bool, most_shared: int) -> list[tuple[int, int, int, int, int]]: ...
 
+class ContrastiveCall:
+    def __init__(
+        self,
+        q: int,
+        k: int,
+        n: int,
+        m: int,
+        row_bytes: int,
+        bf16: bool,
+        scale: int,
+        bias: int,
+        key_bias: int,
+        positives: int,
+        columns: bool,
+    ) -> None: ...
+    def set_softmax(
+        self,
+        row_lse: int,
+        col_lse: int,
+        row_weight: int,
+        col_weight: int,
+        row_smoothing: float,
+        col_smoothing: float,
+        hard: float,
+    ) -> None: ...
+
+def contrastive_tile() -> int: ...
+def contrastive_statistics(
+    call: ContrastiveCall,
+    range: tuple[int, int, int, int],
+    totals: bool,
+    row_parts: int,
+    col_parts: int,
+    row_target: int,
+    col_target: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def contrastive_gradients(
+    call: ContrastiveCall,
+    range: tuple[int, int, int, int],
+    sigmoid: bool,
+    tile: int,
+    tile_stride: int,
+    numbers: int,
+    key_parts: int,
+    device: int,
+    stream: int,
+) -> None: ...
+
 class QuantizedLinearCall:
     def __init__(
         self,
@@ -75,6 +125,24 @@ def quantize_rows(
     stream: int,
 ) -> None: ...
 def quantized_linear(call: QuantizedLinearCall, device: int, stream: int) -> None: ...
+def topk_scan(
+    queries: int,
+    database: int,
+    n: int,
+    m: int,
+    row_bytes: int,
+    bf16: bool,
+    slack: int,
+    limit: int,
+    scale: int,
+    shift: int,
+    reach: int,
+    candidates: int,
+    capacity: int,
+    counts: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def attention_forward(call: AttentionCall, device: int, stream: int) -> None: ...
 def attention_backward(call: AttentionCall, device: int, stream: int) -> None: ...
 def architectures() -> list[str]: ...

@@ -16,7 +16,9 @@ namespace py = pybind11;
 namespace vk {
 
 void bind_cuda_attention(py::module_& m);
+void bind_cuda_contrastive(py::module_& m);
 void bind_cuda_quantized(py::module_& m);
+void bind_cuda_topk(py::module_& m);
 
 namespace {
 
@@ -98,5 +100,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("launch_pattern", &vk::launch_pattern, py::arg("out"), py::arg("count"), py::arg("seed"), py::arg("device"),
         py::arg("stream"));
   vk::bind_cuda_attention(m);
+  vk::bind_cuda_contrastive(m);
   vk::bind_cuda_quantized(m);
+  vk::bind_cuda_topk(m);
 }

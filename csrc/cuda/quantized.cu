@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Quantization of rows, and the product of int8 rows with its epilogue.
+#include "cuda/engine/block_tile.h"
 #include "cuda/engine/launch.h"
-#include "cuda/engine/pipeline.h"
 #include "cuda/engine/values.h"
 #include "cuda/quantized.h"
 
@@ -80,24 +80,14 @@ __device__ __forceinline__ float activate(LinearActivation activation, float x) 
   }
 }
 
-// A warp's part of a block's result, in tiles of 16 x 8.
-constexpr int kWarpRows = 64, kWarpColumns = 32;
-constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;
-constexpr int kWarpsAcross = kLinearColumns / kWarpColumns;
-static_assert(kLinearRows / kWarpRows * kWarpsAcross * kWarp == kLinearThreads);
-
-constexpr int kStagePitch = kWarpColumns + 4;  // floats; 4 more, so that eight rows lie in different banks
+constexpr int kStagePitch = kPartColumns + 4;  // floats; 4 more, so that eight rows lie in different banks
 constexpr int kStageFloats = 16 * kStagePitch;
-
-using Left = OperandCopies<kLinearRows, kLinearDepth, kLinearThreads>;
-using Right = OperandCopies<kLinearColumns, kLinearDepth, kLinearThreads>;
-constexpr int kLinearShared = kLinearStages * (Left::kBytes + Right::kBytes);
-static_assert(kLinearThreads / kWarp * kStageFloats * static_cast<int>(sizeof(float)) <= kLinearShared);
+static_assert(kBlockThreads / kWarp * kStageFloats * static_cast<int>(sizeof(float)) <= kBlockShared);
 
 // The end of 16 rows: `staged` has their products with both scales.
 __device__ __forceinline__ void finish_rows(const QuantizedLinearParams& params, bool vectors, const float* staged,
                                             int64_t first_row, int64_t first_column) {
-  constexpr int kParts = kWarpColumns / kEight;
+  constexpr int kParts = kPartColumns / kEight;
   for (int i = lane_id(); i < 16 * kParts; i += kWarp) {
     const int64_t row = first_row + i / kParts, column = first_column + i % kParts * kEight;
     if (row >= params.m || column >= params.n) continue;
@@ -130,49 +120,35 @@ __device__ __forceinline__ void finish_rows(const QuantizedLinearParams& params,
   }
 }
 
-__global__ void __launch_bounds__(kLinearThreads, 2)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     quantized_linear_kernel(const __grid_constant__ QuantizedLinearParams params,
                             const __grid_constant__ LinearPlan plan) {
-  using Tile = Left::Tile;
   // columns first: the blocks that run together share rows of x, and the weight stays in the cache
-  const int64_t block_row = blockIdx.x / plan.column_blocks * kLinearRows;
-  const int64_t block_column = blockIdx.x % plan.column_blocks * kLinearColumns;
-  const int warp_row = warp_id() / kWarpsAcross * kWarpRows, warp_column = warp_id() % kWarpsAcross * kWarpColumns;
-  const Left left(params.codes, params.k_bytes, block_row, params.m);
-  const Right right(params.weight, params.k_bytes, block_column, params.n);
+  const int64_t block_row = blockIdx.x / plan.column_blocks * kBlockRows;
+  const int64_t block_column = blockIdx.x % plan.column_blocks * kBlockColumns;
+  const BlockLeft left(params.codes, params.k_bytes, block_row, params.m);
+  const BlockRight right(params.weight, params.k_bytes, block_column, params.n);
 
-  int32_t sums[kRowTiles][kColumnTiles][4] = {};
-  pipelined_product<kLinearStages>(shared_memory(), left, right, params.k_bytes,
-                                   [&](SharedAddress a_tile, SharedAddress b_tile) {
-#pragma unroll
-                                     for (int step = 0; step < kLinearDepth / 32; ++step) {
-                                       uint32_t a[kRowTiles][4], b[kColumnTiles / 2][4];
-#pragma unroll
-                                       for (int i = 0; i < kRowTiles; ++i)
-                                         load_matrices(a[i], rows_first<Tile>(a_tile, warp_row + 16 * i, step));
-#pragma unroll
-                                       for (int j = 0; j < kColumnTiles / 2; ++j)
-                                         load_matrices(b[j], columns_first<Tile>(b_tile, warp_column + 16 * j, step));
-#pragma unroll
-                                       for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-                                         for (int j = 0; j < kColumnTiles; ++j)
-                                           multiply_add(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-                                     }
-                                   });
+  BlockValues<int32_t> sums = {};
+  pipelined_product<kBlockStages>(
+      shared_memory(), left, right, params.k_bytes, [&](SharedAddress a_tile, SharedAddress b_tile) {
+        multiply_slice<int32_t>(
+            sums, a_tile, b_tile,
+            [](int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply_add(c, a, b0, b1); });
+      });
 
   const int group = lane_id() / 4, t = lane_id() % 4;
   float* const staged = reinterpret_cast<float*>(shared_memory()) + warp_id() * kStageFloats;
   float column_scale[kColumnTiles][2];
 #pragma unroll
   for (int j = 0; j < kColumnTiles; ++j) {
-    const int64_t column = block_column + warp_column + 8 * j + 2 * t;
+    const int64_t column = block_column + part_column() + 8 * j + 2 * t;
     column_scale[j][0] = column < params.n ? params.weight_scale[column] : 0.0f;
     column_scale[j][1] = column + 1 < params.n ? params.weight_scale[column + 1] : 0.0f;
   }
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
-    const int64_t row = block_row + warp_row + 16 * i;
+    const int64_t row = block_row + part_row() + 16 * i;
     const float scale[2] = {row + group < params.m ? params.row_scale[row + group] : 0.0f,
                             row + group + 8 < params.m ? params.row_scale[row + group + 8] : 0.0f};
 #pragma unroll
@@ -182,7 +158,7 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
         staged[(group + e / 2 * 8) * kStagePitch + 8 * j + 2 * t + e % 2] =
             static_cast<float>(sums[i][j][e]) * scale[e / 2] * column_scale[j][e % 2];
     sync_warp();
-    finish_rows(params, plan.vectors, staged, row, block_column + warp_column);
+    finish_rows(params, plan.vectors, staged, row, block_column + part_column());
     sync_warp();
   }
 }
@@ -196,10 +172,10 @@ bool in_vectors(const void* data, int64_t row_stride, Dtype dtype) {
 
 LinearPlan quantized_linear_plan(const QuantizedLinearParams& params) {
   LinearPlan plan;
-  plan.row_blocks = ceil_div(params.m, kLinearRows);
-  plan.column_blocks = ceil_div(params.n, kLinearColumns);
+  plan.row_blocks = ceil_div(params.m, kBlockRows);
+  plan.column_blocks = ceil_div(params.n, kBlockColumns);
   plan.blocks = plan.row_blocks * plan.column_blocks;
-  plan.shared_bytes = kLinearShared;
+  plan.shared_bytes = kBlockShared;
   plan.vectors = params.n % kEight == 0 && in_vectors(params.out, params.n, params.out_dtype) &&
                  (!params.residual || in_vectors(params.residual, params.residual_stride, params.residual_dtype));
   return plan;
@@ -212,7 +188,7 @@ cudaError_t launch_quantize_rows(const QuantizeParams& params, cudaStream_t stre
 
 cudaError_t launch_quantized_linear(const QuantizedLinearParams& params, cudaStream_t stream) {
   const LinearPlan plan = quantized_linear_plan(params);
-  const LaunchShape shape{.blocks = plan.blocks, .threads = kLinearThreads, .shared_bytes = plan.shared_bytes};
+  const LaunchShape shape{.blocks = plan.blocks, .threads = kBlockThreads, .shared_bytes = plan.shared_bytes};
   return launch(quantized_linear_kernel, shape, stream, params, plan);
 }
 

@@ -43,10 +43,6 @@ struct QuantizedLinearParams {
   Dtype out_dtype = Dtype::kF32;
 };
 
-// Rows and columns of a block's part of the result, bytes of depth per step, steps under way at once.
-inline constexpr int kLinearRows = 128, kLinearColumns = 128, kLinearDepth = 64, kLinearStages = 4;
-inline constexpr int kLinearThreads = 256;
-
 struct LinearPlan {
   int64_t row_blocks = 0, column_blocks = 0, blocks = 0, shared_bytes = 0;
   bool vectors = false;  // out and residual are read and written eight values at a time

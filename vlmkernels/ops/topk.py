@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmkernels import _native
 
-from . import _check, _topk_cpu, _topk_cpu_backward, dispatch
+from . import _check, _topk_cpu, _topk_cpu_backward, _topk_cuda, dispatch
 from ._library import differentiate, follow_autocast, like_inputs, register_op
 from .reference import topk as reference
 
@@ -205,6 +205,8 @@ def _topk_impl(
             "topk_similarity", queries, rows, k, metric, allowed=shared, mask=each
         )
         return scores, indices
+    if backend == "cuda":
+        return _topk_cuda.search(queries, database, k, metric, mask)
     return reference.topk_similarity(queries.detach(), database.detach(), k, metric, mask)
 
 

@@ -43,6 +43,12 @@ __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int lanes) {
 // Bit l is lane l's predicate.
 __device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 
+// Number of the lowest bit that is set; of 0 nothing is promised.
+__device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+
+// Adds to a number in global memory; what it was.
+__device__ __forceinline__ int32_t add_atomically(int32_t* to, int32_t value) { return atomicAdd(to, value); }
+
 // 2^x to about 2 ulp; 2^-inf is 0, and results below the normal numbers are 0.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

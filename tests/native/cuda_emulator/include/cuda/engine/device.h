@@ -53,6 +53,13 @@ inline uint32_t ballot(bool predicate) {
   return out;
 }
 
+inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
+inline int32_t add_atomically(int32_t* to, int32_t value) {
+  const int32_t before = *to;
+  *to += value;
+  return before;
+}
+
 inline float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;
