@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton_device import check_resources
 
 import vlmkernels as vk
 from vlmkernels.ops import _triton
@@ -33,7 +34,6 @@ OTHER = [
 #: Bytes of a thread's registers that may move to memory in a kernel that is not hot. Float32 products run on the
 #: general pipes, whose operands Triton keeps in registers for the whole width of a head.
 WIDE_FLOAT32_SPILL = 4096
-SHARED_OF = {80: 163 * 1024, 90: 227 * 1024}
 
 
 def launches_of(
@@ -119,18 +119,7 @@ def test_no_work_above_the_diagonal_or_on_padding(is_causal: bool, monkeypatch: 
 def test_hot_kernels_compile_and_spill_nothing(
     shape: tuple[int, int, int, int], arch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(launches_of(arch, shape, monkeypatch), arch)
-
-
-def check(launches: list[Any], arch: int, spill: int = 0) -> None:
-    from triton_compile import compiled
-
-    for launch in launches:
-        found = compiled(launch, arch)
-        print(f"sm_{arch} {found.name} {dict(launch.tile.blocks)}: {found.registers} registers, ", end="")
-        print(f"{found.spilled} bytes spilled, {found.shared} shared")
-        assert found.spilled <= spill, f"{found} {launch.tile} {launch.constants}"
-        assert found.shared <= SHARED_OF[arch], f"{found} {launch.tile} {launch.constants}"
+    check_resources(launches_of(arch, shape, monkeypatch), arch)
 
 
 @pytest.mark.slow
@@ -139,8 +128,8 @@ def check(launches: list[Any], arch: int, spill: int = 0) -> None:
 def test_every_tile_compiles(
     shape: tuple[int, int, int, int], arch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(launches_of(arch, shape, monkeypatch), arch)
-    check(launches_of(arch, shape, monkeypatch, torch.float32), arch, WIDE_FLOAT32_SPILL)
+    check_resources(launches_of(arch, shape, monkeypatch), arch)
+    check_resources(launches_of(arch, shape, monkeypatch, torch.float32), arch, WIDE_FLOAT32_SPILL)
 
 
 @pytest.mark.slow
@@ -155,7 +144,7 @@ def test_every_tile_compiles(
 def test_every_option_compiles(
     options: dict[str, Any], shape: tuple[int, int, int, int], arch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(launches_of(arch, shape, monkeypatch, **options), arch, spill=512)
+    check_resources(launches_of(arch, shape, monkeypatch, **options), arch, spill=512)
 
 
 @pytest.mark.slow
@@ -169,7 +158,7 @@ def test_packed_sequences_compile(arch: int, monkeypatch: pytest.MonkeyPatch) ->
     q, k, v = (torch.zeros(100, heads, 72, dtype=torch.float16, requires_grad=True) for heads in (4, 2, 2))
     with as_if_on_a_gpu(monkeypatch), recording(arch) as launches:
         vk.attention_varlen(q, k, v, ends, ends, is_causal=True, backend="triton").sum().backward()
-    check(distinct(launches), arch, spill=512)
+    check_resources(distinct(launches), arch, spill=512)
 
 
 @pytest.mark.slow

@@ -23,9 +23,9 @@ pytestmark = pytest.mark.skipif(
 #: Bytes of a thread's stack that the kernels with a limit of 128 registers may spill to. Without the limit nothing is
 #: spilled, but then one program has the multiprocessor to itself, and nothing multiplies during its epilogue.
 SPILLED = {
-    "_statistics_kernel": 96,
+    "_statistics_kernel": 64,
     "_gradients_kernel": 96,
-    "_sigmoid_kernel": 32,
+    "_sigmoid_kernel": 16,
     "_combine_kernel": 0,
 }
 
@@ -104,6 +104,13 @@ class Memory(TorchDispatchMode):
         return result
 
 
+class Forgetful(list):
+    """Launches are not kept, or their tensors would be."""
+
+    def append(self, launch: Any) -> None:
+        pass
+
+
 IMPLEMENTATIONS: dict[Any, Any] = {}
 
 
@@ -113,7 +120,7 @@ def counted(monkeypatch):
     from triton_compile import as_if_on_a_gpu
 
     from vlmkernels.ops import _contrastive_ops
-    from vlmkernels.ops.triton import contrastive
+    from vlmkernels.ops.triton import _launch, contrastive
     from vlmkernels.ops.triton._launch import recording
 
     IMPLEMENTATIONS.update(
@@ -146,6 +153,7 @@ def counted(monkeypatch):
         if op == "siglip_loss":
             arguments.append(torch.empty((), device="meta"))
         with as_if_on_a_gpu(monkeypatch), recording(90), Memory(arguments) as memory:
+            monkeypatch.setattr(_launch, "_recorded", Forgetful())
             loss = getattr(ops, op)(*arguments, backend="triton")
             if backward:
                 loss.backward()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton_device import check_resources
 
 import vlmkernels as vk
 from vlmkernels.ops import _triton
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.skipif(
     reason="needs triton, and kernels that are not interpreted",
 )
 
-SHARED_OF = {80: 163 * 1024, 90: 227 * 1024}
 #: One of every class of the tables: tokens of a batch of pictures, of a few, of a caption, of one step of decoding.
 ROWS = (50432, 512, 77, 4)
 #: Bytes of a thread's registers that may move to memory in the epilogue that multiplies by an activation's slope: it
@@ -62,17 +62,6 @@ def launches_of(
 
 def names(launches: list[Any]) -> list[str]:
     return [launch.kernel.__name__.removesuffix("_kernel") for launch in launches]
-
-
-def check(launches: list[Any], arch: int, spill: int = 0) -> None:
-    from triton_compile import compiled
-
-    for launch in launches:
-        found = compiled(launch, arch)
-        print(f"sm_{arch} {found.name} {dict(launch.tile.blocks)}: {found.registers} registers, ", end="")
-        print(f"{found.spilled} bytes spilled, {found.shared} shared")
-        assert found.spilled <= spill, f"{found} {launch.tile} {launch.constants}"
-        assert found.shared <= SHARED_OF[arch], f"{found} {launch.tile} {launch.constants}"
 
 
 def test_a_call_is_as_few_launches_as_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,11 +107,11 @@ def test_torch_multiplies_where_nothing_is_left_to_fuse() -> None:
 def test_hot_kernels_compile_and_spill_nothing(
     scheme: str, arch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(launches_of(arch, scheme, ROWS[0], monkeypatch), arch)
+    check_resources(launches_of(arch, scheme, ROWS[0], monkeypatch), arch)
 
 
 def test_fp8_compiles_for_sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
-    check(launches_of(90, "fp8", ROWS[0], monkeypatch), 90)
+    check_resources(launches_of(90, "fp8", ROWS[0], monkeypatch), 90)
 
 
 @pytest.mark.slow
@@ -133,15 +122,15 @@ def test_every_tile_compiles(scheme: str, rows: int, arch: int, monkeypatch: pyt
     if scheme == "fp8" and arch < 89:
         pytest.skip("e4m3 products need sm_89")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        check(launches_of(arch, scheme, rows, monkeypatch, dtype), arch)
-    check(launches_of(arch, scheme, min(rows, 512), monkeypatch, backward=True), arch, SLOPE_SPILL)
+        check_resources(launches_of(arch, scheme, rows, monkeypatch, dtype), arch)
+    check_resources(launches_of(arch, scheme, min(rows, 512), monkeypatch, backward=True), arch, SLOPE_SPILL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu", "silu", "relu"])
 def test_every_activation_compiles(activation: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(launches_of(arch, "w8a8", ROWS[0], monkeypatch, activation=activation), arch)
+    check_resources(launches_of(arch, "w8a8", ROWS[0], monkeypatch, activation=activation), arch)
 
 
 @pytest.mark.slow

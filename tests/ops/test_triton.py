@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_device import run_family
+from triton_device import run_contract, run_family
 
 import vlmkernels as vk
 from vlmkernels.ops import _triton
@@ -26,6 +26,12 @@ needs_triton = pytest.mark.skipif(_triton.missing is not None, reason=str(_trito
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_on_the_interpreter(family: str) -> None:
     run_family(family, interpret=True)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_contract_of_the_losses_on_the_interpreter() -> None:
+    run_contract("contrastive")
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,10 +30,21 @@ def run_family(family: str, *, interpret: bool, timeout: float = 600, marks: str
     """The tests of `interpreted_<family>.py` in another process; fails with their output, or if there were none."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1" if interpret else "0"}
-    file = Path(__file__).with_name(f"interpreted_{family}.py")
-    options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", marks]
+    run_tests(environment, timeout, "-m", marks, Path(__file__).with_name(f"interpreted_{family}.py"))
+
+
+def run_contract(family: str, timeout: float = 600) -> None:
+    """The family's contract, interpreted: its tests that have "triton" among their parameters."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+    run_tests(environment, timeout, "-k", "triton", *sorted(Path(__file__).parent.glob(f"test_{family}*.py")))
+
+
+def run_tests(environment: dict[str, str], timeout: float, *arguments: str | Path) -> None:
+    """pytest in another process; fails with its output, or if there was no test."""
+    options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(file)],
+        [sys.executable, "-m", "pytest", *options, *map(str, arguments)],
         env=environment,
         capture_output=True,
         text=True,
@@ -41,3 +53,19 @@ def run_family(family: str, *, interpret: bool, timeout: float = 600, marks: str
     )
     assert result.returncode == 0, f"{result.stdout[-6000:]}\n{result.stderr[-2000:]}"
     assert " passed" in result.stdout, result.stdout[-2000:]
+
+
+#: Bytes of shared memory that a program may take, by architecture.
+SHARED_OF = {80: 163 * 1024, 90: 227 * 1024}
+
+
+def check_resources(launches: list[Any], arch: int, spill: int = 0) -> None:
+    """Every recorded launch compiles for sm_<arch>, fits its memory, and spills at most `spill` bytes a thread."""
+    from triton_compile import compiled
+
+    for launch in launches:
+        found = compiled(launch, arch)
+        print(f"sm_{arch} {found.name} {launch.options}: {found.registers} registers, ", end="")
+        print(f"{found.spilled} bytes spilled, {found.shared} shared")
+        assert found.spilled <= spill, f"{found} {launch.options} {launch.constants}"
+        assert found.shared <= SHARED_OF[arch], f"{found} {launch.options} {launch.constants}"

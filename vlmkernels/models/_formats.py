@@ -132,6 +132,11 @@ def _infer_coca(state: State, beside: dict[str, Any], act: str | None) -> CoCaCo
     width, _, patch, _ = state["visual.conv1.weight"].shape
     vocabulary, text_width = state["text.token_embedding.weight"].shape
     pool = state.get("visual.attn_pool.query")
+    heads = beside.get("multimodal_cfg", {}).get("heads", text.get("heads"))
+    if heads != text.get("heads"):
+        raise ValueError(
+            f"load_checkpoint: both halves of CoCa's text side need as many heads, got {text.get('heads')} and {heads}"
+        )
     return CoCaConfig(
         embed_dim=state["visual.proj"].shape[1],
         vision=VisionConfig(

@@ -382,8 +382,7 @@ class ALIGN(Trainable, nn.Module):
 
     def training_losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """The contrastive loss with smoothed labels, and the temperature for the log."""
-        assert batch.ids is not None
-        out = self(batch.images, batch.ids)
+        out = self(batch.images, batch.captions)
         loss = contrastive_loss(batch, smoothing=self.default_label_smoothing, **out)
         return {"loss": loss, "temperature": self.temperature.detach()}
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -224,8 +224,7 @@ class CrossAttentionBlock(nn.Module):
     def step(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         """`forward` with projected keys and values."""
         q = self.attn.project_queries(self.ln_1(x))
-        out = attention(q, *keys_values, backend=self.attn.backend)
-        assert isinstance(out, Tensor)
+        out = cast(Tensor, attention(q, *keys_values, backend=self.attn.backend))
         x = x + self.attn.out_proj(out.flatten(2))
         return x + self.mlp(self.ln_2(x))
 
@@ -352,10 +351,10 @@ class CoCa(Trainable, nn.Module):
 
     def training_losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Weighted sum of the contrastive and the captioning loss; every view of a picture is captioned."""
-        assert batch.ids is not None
+        ids = batch.captions
         image_features, image_tokens = self.encode_image_tokens(batch.images)
-        text_features, text_tokens = self.text(batch.ids)
-        views = len(batch.images) // len(batch.ids)
+        text_features, text_tokens = self.text(ids)
+        views = len(batch.images) // len(ids)
         hidden = self.text_decoder(image_tokens, text_tokens.repeat(views, 1, 1))
         contrastive = contrastive_loss(
             batch,
@@ -363,7 +362,7 @@ class CoCa(Trainable, nn.Module):
             normalize_features(text_features),
             self.logit_scale.float().exp(),
         )
-        caption = self.caption_loss(hidden, batch.ids.repeat(views, 1))
+        caption = self.caption_loss(hidden, ids.repeat(views, 1))
         config = self.config
         total = config.contrastive_weight * contrastive + config.caption_weight * caption
         return {"loss": total, "contrastive": contrastive, "caption": caption}

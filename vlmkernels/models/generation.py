@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -109,8 +109,7 @@ class KeyValueCache:
         self._packed[:, first : self.used] = qkv[:, :, 1:]
         k, v = self._packed[:, : self.used].unbind(2)
         out = attention(qkv[:, :, 0], k, v, key_mask=key_mask, is_causal=True, backend=layer.backend)
-        assert isinstance(out, Tensor)
-        return layer.out_proj(out.flatten(2))
+        return layer.out_proj(cast(Tensor, out).flatten(2))
 
     def reorder(self, rows: Tensor) -> None:
         """Makes row r continue what row `rows[r]` was."""

@@ -254,8 +254,7 @@ class SyCoCa(CoCa):
 
     def training_losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """`losses` of a step."""
-        assert batch.ids is not None
-        return self.losses(batch.images, batch.ids, batch)
+        return self.losses(batch.images, batch.captions, batch)
 
 
 CONFIGS: dict[str, SyCoCaConfig] = {

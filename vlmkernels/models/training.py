@@ -76,6 +76,13 @@ class TrainingBatch:
     source: Tensor | None = None
     options: ContrastiveOptions = field(default_factory=ContrastiveOptions)
 
+    @property
+    def captions(self) -> Tensor:
+        """`ids` of a model that cannot do without; ValueError where there are none."""
+        if self.ids is None:
+            raise ValueError("TrainingBatch: ids must be given for this model, got None")
+        return self.ids
+
 
 @dataclass(frozen=True)
 class Concept:
@@ -184,7 +191,7 @@ class Trainable:
             Scalars; "loss" is differentiated, the others are logged. The default takes `self(images, ids)` with
             `image_features`, `text_features`, `logit_scale` and perhaps `logit_bias` to `contrastive_loss`.
         """
-        out = self(batch.images, batch.ids)  # type: ignore[operator]
+        out = self(batch.images, batch.captions)  # type: ignore[operator]
         return {"loss": contrastive_loss(batch, smoothing=self.default_label_smoothing, **out)}
 
     def after_step(self, step: int, total: int) -> None:

@@ -335,12 +335,13 @@ def statistics(
         cells, widest = CHUNK_BYTES * height * width // (4 * slots * (height + width)), STATISTICS_COLUMNS
     else:
         cells, widest = CHUNK_BYTES // 4, CHUNK_COLUMNS
+    room = _Room(torch.float32, problem.q.device)
     for batch, rows, cols in _ranges(problem, cells, widest):
         for col_range in cols:
             chunk = Chunk(batch, rows, col_range)
             dots = None if kept is None else kept[batch, rows, col_range]
             if not problem.fuses:
-                product = _dot_products(problem, chunk, None)
+                product = _dot_products(problem, chunk, None, room)
                 assert product is not None  # float32
                 dots = product if dots is None else dots.copy_(product)
             _chunk_statistics(problem, chunk, tile, dots, slots, row, col)
@@ -522,12 +523,13 @@ def softmax_gradients(
     reads = kept is not None or not problem.fuses
     block = _tile("contrastive_gradients", problem, reads)
     cells = CHUNK_BYTES // problem.q.element_size()
+    room = _Room(problem.q.dtype, problem.q.device)
     for batch, row_range, cols in _ranges(problem, cells, CHUNK_COLUMNS):
         sums = sinks.row_sums(problem, batch, row_range)
         for col_range in cols:
             chunk = Chunk(batch, row_range, col_range)
-            dots = _dot_products(problem, chunk, kept)
-            buffer = dots if kept is None and dots is not None else problem.q.new_empty(chunk.shape)
+            dots = _dot_products(problem, chunk, kept, room)
+            buffer = dots if kept is None and dots is not None else room(chunk)
             batches, height, width = chunk.shape
             blocks_m, blocks_n = cdiv(height, block["BLOCK_M"]), cdiv(width, block["BLOCK_N"])
             programs = batches * blocks_m * blocks_n
@@ -565,11 +567,12 @@ def sigmoid_loss(problem: Problem, sinks: Sinks | None) -> Tensor:
     if sinks is None and problem.fuses:
         cells, widest = 2**30, 2**30  # nothing of them is in memory but three sums a tile
     total = torch.zeros((), dtype=torch.float64, device=problem.q.device)
+    room = _Room(problem.q.dtype, problem.q.device)
     for batch, row_range, cols in _ranges(problem, cells, widest):
         sums = None if sinks is None else sinks.row_sums(problem, batch, row_range)
         for col_range in cols:
             chunk = Chunk(batch, row_range, col_range)
-            dots = _dot_products(problem, chunk, None)
+            dots = _dot_products(problem, chunk, None, room)
             batches, height, width = chunk.shape
             programs = batches * cdiv(height, block["BLOCK_M"]) * cdiv(width, block["BLOCK_N"])
             numbers = torch.empty(
@@ -577,7 +580,7 @@ def sigmoid_loss(problem: Problem, sinks: Sinks | None) -> Tensor:
             )
             buffer = None
             if sinks is not None:
-                buffer = problem.q.new_empty(chunk.shape) if dots is None else dots
+                buffer = room(chunk) if dots is None else dots
             launch(
                 tiles._sigmoid_kernel,
                 programs,
@@ -623,13 +626,27 @@ def _ranges(problem: Problem, cells: int, widest: int) -> Iterator[tuple[slice, 
             yield slice(b, min(b + depth, batches)), slice(r, min(r + height, n)), cols
 
 
-def _dot_products(problem: Problem, chunk: Chunk, kept: Tensor | None) -> Tensor | None:
+class _Room:
+    """Memory for one chunk of numbers after the other; the first chunk is the largest."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=dtype, device=device)
+
+    def __call__(self, chunk: Chunk) -> Tensor:
+        count = math.prod(chunk.shape)
+        if count > self._memory.numel():
+            self._memory = self._memory.new_empty(count)
+        return self._memory[:count].view(chunk.shape)
+
+
+def _dot_products(problem: Problem, chunk: Chunk, kept: Tensor | None, room: _Room) -> Tensor | None:
     """A chunk's dot products where kernels do not form them: those that are kept, or the library's."""
     if kept is not None:
         return kept[chunk.batch, chunk.rows, chunk.cols]
     if problem.fuses:
         return None
-    return torch.bmm(problem.q[chunk.batch, chunk.rows], problem.k[chunk.batch, chunk.cols].mT)
+    q, k = problem.q[chunk.batch, chunk.rows], problem.k[chunk.batch, chunk.cols]
+    return torch.bmm(q, k.mT, out=room(chunk))
 
 
 def _operands(problem: Problem, dots: Tensor | None) -> tuple[Tensor | None, ...]:

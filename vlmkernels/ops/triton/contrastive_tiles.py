@@ -353,40 +353,30 @@ def _gradients_epilogue(
     row_top = tl.load(sums_at, mask=row_inside, other=0.0)
     row_inverse = 1.0 / tl.load(sums_at + N, mask=row_inside, other=1.0)
     # A quotient: a logarithm's rounding would be every probability's of its row. The positives leave each direction
-    # before the two are added: near 1 that difference is exact.
-    by_row = _exp(z - row_top[:, None], PRECISE) * row_inverse[:, None]
+    # before the two are added, where near 1 the difference is exact; one direction after the other, for registers.
+    if row_codes_ptr is None:
+        wanted = _positive_columns(positives_ptr, first_row + row_local, row_inside, batch, N, M, BLOCK_M)
+        wanted -= first_col + col_local
+    else:
+        wanted = tl.load(row_codes_ptr + row + in_rows, mask=row_inside, other=-1)
+        codes = tl.load(col_codes_ptr + col + in_cols, mask=col_inside, other=-2)
+    g = _exp(z - row_top[:, None], PRECISE) * row_inverse[:, None]
+    if row_codes_ptr is not None:
+        row_share = tl.load(row_share_ptr + row + in_rows, mask=row_inside, other=0.0) * hard
+        g -= tl.where(wanted[:, None] == codes[None, :], row_share[:, None] + row_soft, row_soft)
+    else:
+        g -= tl.where(wanted[:, None] == in_cols[None, :], hard + row_soft, row_soft)
+    g *= tl.load(row_weight_ptr + row + in_rows, mask=row_inside, other=0.0)[:, None]
     if COLUMNS:
         sums_at = col_sums_ptr + (batch * M + col) + in_cols
         col_top = tl.load(sums_at, mask=col_inside, other=0.0)
         col_inverse = 1.0 / tl.load(sums_at + M, mask=col_inside, other=1.0)
         by_col = _exp(z - col_top[None, :], PRECISE) * col_inverse[None, :]
-    if row_codes_ptr is not None:
-        row_code = tl.load(row_codes_ptr + row + in_rows, mask=row_inside, other=-1)
-        col_code = tl.load(col_codes_ptr + col + in_cols, mask=col_inside, other=-2)
-        hit = row_code[:, None] == col_code[None, :]
-        row_share = tl.load(row_share_ptr + row + in_rows, mask=row_inside, other=0.0) * hard
-        by_row -= tl.where(hit, row_share[:, None], 0.0)
-        if COLUMNS:
+        if row_codes_ptr is not None:
             col_share = tl.load(col_share_ptr + col + in_cols, mask=col_inside, other=0.0) * hard
-            by_col -= tl.where(hit, col_share[None, :], 0.0)
-        by_row -= row_soft
-        if COLUMNS:
-            by_col -= col_soft
-    else:
-        wanted = _positive_columns(positives_ptr, first_row + row_local, row_inside, batch, N, M, BLOCK_M)
-        wanted -= first_col + col_local
-        if tl.max(((wanted >= 0) & (wanted < EDGE_N)).to(tl.int32), 0) > 0:
-            hit = wanted[:, None] == in_cols[None, :]
-            by_row -= tl.where(hit, hard + row_soft, row_soft)
-            if COLUMNS:
-                by_col -= tl.where(hit, hard + col_soft, col_soft)
+            by_col -= tl.where(wanted[:, None] == codes[None, :], col_share[None, :] + col_soft, col_soft)
         else:
-            by_row -= row_soft
-            if COLUMNS:
-                by_col -= col_soft
-    row_weight = tl.load(row_weight_ptr + row + in_rows, mask=row_inside, other=0.0)
-    g = row_weight[:, None] * by_row
-    if COLUMNS:
+            by_col -= tl.where(wanted[:, None] == in_cols[None, :], hard + col_soft, col_soft)
         if col_weight_ptr is not None:
             by_col *= tl.load(col_weight_ptr + col + in_cols, mask=col_inside, other=0.0)[None, :]
         g += by_col
