@@ -200,9 +200,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
+    saved = ctx.saved_tensors  # once: under checkpointing they can be read no second time
     if grad_out is None:
-        grad_out = torch.zeros_like(ctx.saved_tensors[6])
-    grads = attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs)
+        grad_out = torch.zeros_like(saved[6])
+    grads = attention_backward(grad_out, grad_lse, *saved, *ctx.options, needs)
     grad_q, grad_k, grad_v, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
     return (
         grad_q,
@@ -345,9 +346,10 @@ def _packed_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 def _packed_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
+    saved = ctx.saved_tensors  # once: under checkpointing they can be read no second time
     if grad_out is None:
-        grad_out = torch.zeros_like(ctx.saved_tensors[4])
-    grads = attention_qkvpacked_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs)
+        grad_out = torch.zeros_like(saved[4])
+    grads = attention_qkvpacked_backward(grad_out, grad_lse, *saved, *ctx.options, needs)
     grad_qkv, grad_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
     return (
         grad_qkv,
@@ -457,9 +459,10 @@ def _varlen_fake(
 
 def _varlen_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
+    saved = ctx.saved_tensors  # once: under checkpointing they can be read no second time
     if grad_out is None:
-        grad_out = torch.zeros_like(ctx.saved_tensors[6])
-    grads = attention_varlen_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs)
+        grad_out = torch.zeros_like(saved[6])
+    grads = attention_varlen_backward(grad_out, grad_lse, *saved, *ctx.options, needs)
     grad_q, grad_k, grad_v = (g if need else None for g, need in zip(grads, needs, strict=True))
     return (
         grad_q,

@@ -167,7 +167,8 @@ def _softmax_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[T
     nothing: tuple[None, ...] = (None,) * (_COUNT + 3)
     if grad_loss is None:
         return nothing
-    tensors, kept = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
+    saved = ctx.saved_tensors  # once: under checkpointing they can be read no second time
+    tensors, kept = saved[:_TENSORS], saved[_TENSORS:]
     needs = list(ctx.needs_input_grad[:5])
     grad_q, grad_k, grad_scale, grad_key_bias = softmax_contrastive_backward(
         grad_loss, *tensors, *ctx.options, *kept, needs, ctx.backend, ctx.op
