@@ -11,6 +11,7 @@ import torch
 from contrastive_problems import OPS, SQUARE, make
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_device import check_resources
 
 from vlmkernels.ops import _library, _triton
 from vlmkernels.ops import contrastive as ops
@@ -45,24 +46,17 @@ def launches(
     return distinct(recorded)
 
 
-def check(recorded: list[Any], arch: int) -> None:
-    from triton_compile import compiled
-
-    assert recorded
-    for launch in recorded:
-        took = compiled(launch, arch)
-        limit = launch.options.get("maxnreg", 255)
-        assert took.spilled <= (SPILLED[took.name] if limit == 128 else 0), took
-        assert took.registers <= limit, took
-
-
 @pytest.mark.parametrize("op", ["clip_loss", "siglip_loss"])
 def test_kernels_compile_for_sm_90(op, monkeypatch):
-    check(launches(op, 90, torch.bfloat16, keep=False, monkeypatch=monkeypatch), 90)
+    check_resources(
+        launches(op, 90, torch.bfloat16, keep=False, monkeypatch=monkeypatch), 90, by_kernel=SPILLED
+    )
 
 
 def test_kernels_compile_for_sm_80(monkeypatch):
-    check(launches("info_nce", 80, torch.float16, keep=False, monkeypatch=monkeypatch), 80)
+    check_resources(
+        launches("info_nce", 80, torch.float16, keep=False, monkeypatch=monkeypatch), 80, by_kernel=SPILLED
+    )
 
 
 @pytest.mark.slow
@@ -72,7 +66,9 @@ def test_kernels_compile_for_sm_80(monkeypatch):
 @pytest.mark.parametrize("op", OPS)
 def test_every_configuration_compiles(op, keep, dtype, arch, monkeypatch):
     for d in (256, 260):
-        check(launches(op, arch, dtype, keep=keep, monkeypatch=monkeypatch, d=d), arch)
+        check_resources(
+            launches(op, arch, dtype, keep=keep, monkeypatch=monkeypatch, d=d), arch, by_kernel=SPILLED
+        )
 
 
 # Memory, counted on tensors without storage: what a loss allocates, in the order in which it does.

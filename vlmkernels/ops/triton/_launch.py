@@ -116,11 +116,14 @@ def launch(
     if grid >= 2**31:
         raise ValueError(f"vlmkernels: a grid of {grid} programs, the limit is 2**31 - 1")
     constants = {**tile.blocks, **constants}
-    options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}
+    # fusion is said, not left to triton, whose default is to change
+    options: dict[str, Any] = {
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": not exact_float,
+    }
     if tile.registers:
         options["maxnreg"] = tile.registers
-    if exact_float:
-        options["enable_fp_fusion"] = False
     if _recorded is not None:
         names = kernel.arg_names[: len(arguments)]
         _recorded.append(Launch(kernel, dict(zip(names, arguments, strict=True)), constants, options, grid))
