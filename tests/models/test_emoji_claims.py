@@ -105,7 +105,7 @@ def test_softmax_and_sigmoid_loss_both_transfer_to_another_style(record_claim, s
         model = create("emoji-clip", text=text, vision={"image_size": 48}, **start)
         pairs = Pairs(model, batch_size=128, seed=seed, tokenizer=tokenizer)
         options = ContrastiveOptions(name)
-        fit(model, lambda step, p=pairs, o=options: p.losses(step, o), 160, lr=3e-3, seed=seed)
+        fit(model, lambda step, p=pairs, o=options: p.losses(step, o), 160, lr=1e-3, seed=seed)
         scores[name] = recall(model, tokenizer, test)
     record_claim(
         system="CLIP",
@@ -123,8 +123,8 @@ def test_softmax_and_sigmoid_loss_both_transfer_to_another_style(record_claim, s
         holds=scores["siglip"] >= scores["clip"],
         seeds=[seed],
     )
-    # From its bias of -10 the sigmoid loss takes longer to begin: of 160 steps too much in some runs.
-    assert scores["clip"] > 10 / len(test)
+    # at three times this learning rate the sigmoid loss does not begin to learn in some runs
+    assert min(scores.values()) > 10 / len(test)
 
 
 # --- CoCa
