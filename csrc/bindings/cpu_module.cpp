@@ -9,6 +9,7 @@
 
 #include "bindings/errors.h"
 #include "core/cpu_features.h"
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "cpu/engine_rate.h"
 #include "cpu/peak.h"
@@ -74,6 +75,10 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("cpu_brand", &vk::cpu_brand);
   m.def("use_openmp", [](const std::string& path) { return vk::use_openmp(path.c_str()); }, py::arg("path"));
   m.def("openmp_path", [] { return std::string(vk::openmp_path()); });
+  m.def(
+      "ask_for_large_pages",
+      [](uintptr_t data, int64_t bytes) { vk::ask_for_large_pages(reinterpret_cast<void*>(data), bytes); },
+      py::arg("data"), py::arg("bytes"));
   m.def("forked_from_threads", &vk::forked_from_threads);
   m.def("engine_rate", &vk::engine_rate, py::arg("kind"), py::arg("m"), py::arg("n"), py::arg("depth"),
         py::arg("seconds"), py::arg("threads"));

@@ -2,6 +2,7 @@
 // Gradients of the linear layers: two more products, of the pre-activation's gradient with the weight and with x.
 #include <cstring>
 
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "cpu/linear_host.h"
 #include "cpu/table.h"

@@ -20,9 +20,6 @@ inline Range cut(int64_t size, int64_t step, int64_t i, int64_t parts) {
   return {std::min(size, panels * i / parts * step), std::min(size, panels * (i + 1) / parts * step)};
 }
 
-// Memory that the caller made for this call, and that is still to be mapped.
-void ask_for_large_pages(void* data, int64_t bytes);
-
 // Threads that a product of this size is worth.
 int threads_for(const LinearProblem& p, int threads);
 

@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "core/error.h"
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "cpu/table.h"
 
@@ -43,6 +44,7 @@ double compute_peak(const ComputeProbe& probe, double seconds, int threads) {
 double read_peak(double seconds, int threads) {
   constexpr int64_t kFloats = int64_t{1} << 26;  // 256 MiB: several times the last cache of today's servers
   const std::unique_ptr<float[]> buffer(new float[kFloats]);
+  ask_for_large_pages(buffer.get(), kFloats * 4);
   const int64_t share = kFloats / threads;
   // Each thread touches what it will read, so that the pages are on its memory node.
   parallel_for(threads, threads, [&](int64_t part) { std::fill_n(buffer.get() + part * share, share, 1.0f); });

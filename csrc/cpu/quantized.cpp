@@ -2,10 +2,9 @@
 // The linear layers' host side: how a call is cut into parts, and the buffers of each part.
 #include "cpu/quantized.h"
 
-#include <sys/mman.h>
-
 #include <cstring>
 
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "cpu/linear_host.h"
 #include "cpu/table.h"
@@ -15,10 +14,6 @@ namespace {
 
 // Below so many operations a second thread costs more than it brings.
 constexpr double kWorkOfAThread = 2e6;
-// Results from this size on are asked for in large pages: a fresh result is zeroed and mapped page by page while it is
-// written, which at 4 KiB takes as long as a product of a few hundred inputs.
-constexpr int64_t kLargeResult = int64_t{4} << 20;
-constexpr int64_t kLargePage = int64_t{2} << 20;
 
 float from_bf16(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
@@ -70,18 +65,6 @@ const float* padded_bias(const LinearCall& call, Arena& arena) {
 }
 
 }  // namespace
-
-void ask_for_large_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  if (bytes < kLargeResult) return;
-  const auto first = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) / kLargePage * kLargePage;
-  const auto end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kLargePage * kLargePage;
-  // A hint: where the system refuses, nothing is lost.
-  if (end > first) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
 
 int threads_for(const LinearProblem& p, int threads) {
   const double work = 2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
