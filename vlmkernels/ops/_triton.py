@@ -20,6 +20,7 @@ A family registers its kernels with the reasons below before its own, and import
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 
@@ -36,12 +37,24 @@ OLDEST = (8, 0)
 #: Triton decides when a kernel is defined, so the variable counts as it was when the process imported us.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-#: Why there is no triton, None where there is.
-missing: str | None = (
-    "triton is not installed (torch's CUDA builds bring it; elsewhere: pip install triton)"
-    if importlib.util.find_spec("triton") is None
-    else None
-)
+#: The oldest triton that compiles the kernels; torch 2.9 brings it.
+OLDEST_TRITON = (3, 5)
+
+
+def _why_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (torch's CUDA builds bring it; elsewhere: pip install triton)"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None  # somebody's build under another name
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {version} does not compile the kernels, {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer does"
+    return None
+
+
+#: Why there is no triton to use, None where there is.
+missing: str | None = _why_missing()
 
 
 def reasons(call: Call) -> list[str]:

@@ -367,7 +367,7 @@ def linear_kernel(
         pieces = _halves(sums)
     else:
         pieces = (sums,)
-    WIDTH: tl.constexpr = min(COLS, EPILOGUE_COLS)
+    WIDTH: tl.constexpr = COLS if COLS < EPILOGUE_COLS else EPILOGUE_COLS
     for piece in tl.static_range(COLS // WIDTH):
         _scaled_end(
             pieces[piece], scale_x, scale, bias, residual, grad_out, out, share, rows,
