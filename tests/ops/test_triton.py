@@ -24,7 +24,8 @@ FAMILIES = sorted(
 needs_triton = pytest.mark.skipif(_triton.missing is not None, reason=str(_triton.missing))
 needs_interpreter = pytest.mark.skipif(
     _triton.missing is not None or metadata.version("triton").startswith(("3.5.", "3.6.")),
-    reason=_triton.missing or "the interpreter of triton before 3.7 needs a conversion that NumPy has given up",
+    reason=_triton.missing
+    or "the interpreter of triton before 3.7 needs a conversion that NumPy has given up",
 )
 
 
@@ -48,7 +49,11 @@ def test_family_on_the_gpu(family: str) -> None:
 
 def test_an_old_triton_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    for version, wanted in (("3.4.0", "triton 3.4.0 does not compile the kernels"), ("3.5.1", None), ("3.10.0", None)):
+    for version, wanted in (
+        ("3.4.0", "triton 3.4.0 does not compile the kernels"),
+        ("3.5.1", None),
+        ("3.10.0", None),
+    ):
         monkeypatch.setattr(metadata, "version", lambda name, version=version: version)
         reason = _triton._why_missing()
         assert reason is None if wanted is None else str(reason).startswith(wanted)
