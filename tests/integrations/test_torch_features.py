@@ -231,7 +231,11 @@ def test_checkpointed_attention_drops_the_same_weights(reentrant: bool) -> None:
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
+inductor = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # its own modules still use it
+
+
 @pytest.mark.slow
+@inductor
 @op_names
 def test_inductor_compiles_into_one_graph_for_every_batch_size(name: str) -> None:
     op = OPS[name]
@@ -245,6 +249,7 @@ def test_inductor_compiles_into_one_graph_for_every_batch_size(name: str) -> Non
 
 
 @pytest.mark.slow
+@inductor
 @pytest.mark.timeout(300)
 def test_inductor_compiles_a_training_step_of_a_model() -> None:
     torch._dynamo.reset()

@@ -44,7 +44,8 @@ def train_clip(rank: int, size: int, wrappers: tuple[str, ...]) -> dict[str, dic
 
             for block in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks):
                 fully_shard(block)
-            model = fully_shard(clip)
+            # it shards no scalars, so that each rank keeps this one and its gradient is averaged below
+            model = fully_shard(clip, ignored_params={clip.logit_scale})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         rows = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
         images, ids = (x[rows] for x in pairs())
@@ -53,6 +54,9 @@ def train_clip(rank: int, size: int, wrappers: tuple[str, ...]) -> dict[str, dic
             loss = vk.nn.ClipLoss(group=group)(**model(images, ids))
             optimizer.zero_grad()
             loss.backward()
+            if wrapper == "fsdp":
+                dist.all_reduce(clip.logit_scale.grad)
+                clip.logit_scale.grad /= size
             optimizer.step()
         whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in clip.named_parameters()}
         results[wrapper] = {name: p.detach().numpy().copy() for name, p in whole.items()}

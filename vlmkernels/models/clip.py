@@ -434,6 +434,9 @@ class CLIP(Trainable, nn.Module):
         tokenizer_state: Contents of the tokenizer file that came with the weights, for
             `vk.data.tokenizer_for`; or None.
 
+    Under FSDP2, which shards no scalar parameters, `fully_shard(model, ignored_params={model.logit_scale})` leaves the
+    scale on every rank; its gradient is then averaged by the caller.
+
     Example:
         >>> import torch, vlmkernels as vk
         >>> model = vk.models.create("emoji-clip")
