@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,45 @@ def start(folder: Path, *options: str, processes: int = 2) -> subprocess.Popen[s
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+
+
+LEAVE = """
+import glob
+from vlmkernels.train import distributed
+
+def threads():
+    return [open(name).read().strip() for name in glob.glob("/proc/self/task/*/comm")]
+
+with distributed.join() as processes:
+    assert processes.any(True) and processes.from_all(3) == [3]
+    assert any("gloo" in name for name in threads()), threads()
+assert not any("gloo" in name for name in threads()), threads()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed by /proc")
+def test_the_groups_threads_end_before_the_interpreter() -> None:
+    # one that is left may abort a process that has done all its work
+    environment = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", LEAVE],
+        env=os.environ | environment | {"GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.mark.slow

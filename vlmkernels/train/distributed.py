@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +21,19 @@ class Processes:
     Attributes:
         rank: from 0 to ``world_size - 1``.
         world_size: how many there are.
-        group: what the loss gets; None where this process is alone.
         device: where this process computes.
+        started: whether there is a process group, which may be of one.
     """
 
     rank: int = 0
     world_size: int = 1
-    group: dist.ProcessGroup | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    started: bool = False
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """What the loss gets; None where this process is alone. Not kept here, see `join`."""
+        return dist.group.WORLD if self.started else None
 
     @property
     def is_first(self) -> bool:
@@ -60,6 +66,9 @@ def under_torchrun() -> bool:
 def join(device: str = "cpu") -> Iterator[Processes]:
     """Joins the other processes if there are any, and leaves them at the end.
 
+    Nothing may refer to the group any more when the block ends: gloo's threads end with it, and one that still lets go
+    of a tensor while the interpreter shuts down aborts the process.
+
     Args:
         device: "cpu" (gloo) or "cuda" (nccl, one GPU for each process of a machine).
 
@@ -84,6 +93,7 @@ def join(device: str = "cpu") -> Iterator[Processes]:
         torch.cuda.set_device(target)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, target)
+        yield Processes(dist.get_rank(), dist.get_world_size(), target, started=True)
     finally:
+        gc.collect()  # models and losses are full of cycles
         dist.destroy_process_group()

@@ -130,12 +130,25 @@ def train(
     began = time.perf_counter()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with distributed.join(config.device) as processes, contextlib.ExitStack() as stack:
+    with distributed.join(config.device) as processes:
+        return _train(config, processes, observer or Observer(), command, should_stop or (lambda: False), began)
+
+
+def _train(
+    config: TrainConfig,
+    processes: distributed.Processes,
+    observer: Observer,
+    command: str | None,
+    should_stop: Callable[[], bool],
+    began: float,
+) -> TrainResult:
+    # a function of its own, so that nothing of the run is left when the processes part
+    with contextlib.ExitStack() as stack:
         folder, config = open_run(config, write=processes.is_first)
-        run = _Run(config, folder, processes, observer or Observer(), command)
+        run = _Run(config, folder, processes, observer, command)
         run.prepare(stack)
         run.clock("set-up", began)
-        finished = run.steps_until_done(should_stop or (lambda: False))
+        finished = run.steps_until_done(should_stop)
         if finished and processes.is_first:
             run.finish()
         return TrainResult(folder.path, config, run.step, finished, run.evaluation, run.seconds)
