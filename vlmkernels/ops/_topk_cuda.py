@@ -6,6 +6,8 @@ The scan multiplies bfloat16 or float16 rows and keeps its bounds in registers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,18 +41,16 @@ dispatch.register_backend("topk_similarity", "cuda", reasons, priority=5, not_de
 
 
 def search(
-    queries: Tensor,  # [N, D]
-    database: Tensor,  # [M, D]
+    queries: Tensor,
+    rows: Sequence[Rows],
     k: int,
     metric: str,
-    mask: Tensor | None,  # [M] or [N, M]
-) -> tuple[Tensor, Tensor]:
-    """`(scores, indices)` of `vk.topk_similarity`."""
-    shared = mask if mask is not None and mask.ndim == 1 else None
-    each = mask if mask is not None and mask.ndim == 2 else None
-    rows = [Rows(database, database.shape[0])]
-    scores, indices, _ = _topk_search.search(CudaScan(), queries, rows, k, metric, allowed=shared, mask=each)
-    return scores, indices
+    *,
+    allowed: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_topk_cpu.search`, of rows in the queries' dtype."""
+    return _topk_search.search(CudaScan(), queries, rows, k, metric, allowed=allowed, mask=mask)
 
 
 class CudaScan(_topk_search.Scan):

@@ -92,9 +92,17 @@ class Block:
 
     def of(self, some: Tensor) -> Block:
         """The same rows for some of the queries, int64 [n']."""
-        picked = {name: getattr(self, name) for name in ("queries", "mask", "slack", "factor", "offset")}
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.index_select(0, some)
+
         return replace(
-            self, **{name: None if x is None else x.index_select(0, some) for name, x in picked.items()}
+            self,
+            queries=self.queries.index_select(0, some),
+            slack=self.slack.index_select(0, some),
+            mask=pick(self.mask),
+            factor=pick(self.factor),
+            offset=pick(self.offset),
         )
 
     def bounds(self, dots: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +118,7 @@ class Block:
 class Scan:
     """What a device does for a search. The methods that are written out are torch's; kernels replace them."""
 
-    #: Queries whose approximate scores are all written down, by a kernel that reads every row once and its norm with it.
+    #: Up to so many queries have all their approximate scores written down, by a kernel that reads every row once.
     few_queries = 0
 
     def rounding(self, dtype: torch.dtype, width: int) -> float:
@@ -351,7 +359,8 @@ class Search:
             start = 0
             while start < piece.count:
                 stop = min(start + max(growth * done, FIRST_ROWS, 2 * self.k), piece.count)
-                self.add(piece, start, stop, seen, self._first_limit(piece, stop, seen) if done == 0 else None)
+                limit = self._first_limit(piece, stop, seen) if done == 0 else None
+                self.add(piece, start, stop, seen, limit)
                 done += stop - start
                 start = stop
 
@@ -420,7 +429,8 @@ class Search:
         eta = self.scan.rounding(codes.dtype, codes.shape[1])
         reach = residual + (operand.lost + eta) * (norm + residual + operand.centre_norm)
         reach = torch.where(reach < _LARGEST_NORM, reach * 1.0001, torch.inf)
-        spread = torch.full_like(norm, codes.shape[1] * torch.finfo(torch.float32).tiny)  # what underflow may cost
+        # what underflow may cost
+        spread = torch.full_like(norm, codes.shape[1] * torch.finfo(torch.float32).tiny)
         lift = torch.ones_like(norm)
         shift = torch.zeros_like(norm)
         if self.metric == "cosine":

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Top-k similarity on Triton: the scan that `vlmkernels/ops/_topk_search.py` searches with, and its arguments.
+
+Rows of a database are multiplied where they are, through their positions where only some may be found. float32 rows
+are multiplied in TF32, whatever torch allows for its own products: the bound counts what TF32 loses, and scores are
+exact all the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlmkernels.ops import _topk_search
+from vlmkernels.ops._topk_search import Block
+from vlmkernels.ops.reference.topk_score import floored_root, norms
+
+from . import _tables_topk  # noqa: F401  puts its rows into the tables
+from ._launch import cdiv, launch, tile_of, widens
+from ._tables import Tile
+from .topk_kernels import topk_exact_kernel, topk_few_kernel, topk_scan_kernel
+
+#: Widest rows that are scored in registers; wider ones are by torch.
+WIDEST = 4096
+
+#: TF32 keeps 11 bits of each operand, and a device may cut off what is below them.
+_TF32_ROUNDING = 2.01 * 2.0**-10
+
+
+class TritonScan(_topk_search.Scan):
+    """Any floating dtype but float64, and int8 codes; any strides."""
+
+    few_queries = 4
+
+    def rounding(self, dtype: torch.dtype, width: int) -> float:
+        return super().rounding(dtype, width) + (_TF32_ROUNDING if dtype == torch.float32 else 0.0)
+
+    def candidates(self, block: Block, limit: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+        n = block.queries.shape[0]
+        candidates = torch.empty(n, capacity, dtype=torch.int32, device=limit.device)
+        counts = torch.zeros(n, dtype=torch.int32, device=limit.device)
+        _scan(block, limit, None, candidates, counts)
+        return candidates, counts
+
+    def dots(self, block: Block) -> Tensor:
+        dots = block.slack.new_empty(block.queries.shape[0], block.count)
+        _scan(block, None, dots, None, None)
+        return dots
+
+    def few_dots(
+        self, queries: Tensor, rows: Tensor, positions: Tensor | None, first: int, count: int, squares: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        dots = torch.empty(queries.shape[0], count, dtype=torch.float32, device=rows.device)
+        sums = torch.empty(count, dtype=torch.float32, device=rows.device) if squares else None
+        tile = tile_of("topk_few", rows)
+        launch(
+            topk_few_kernel,
+            cdiv(count, tile["ROWS"]),
+            queries,
+            rows,
+            positions,
+            dots,
+            sums,
+            queries.shape[0],
+            count,
+            queries.shape[1],
+            first,
+            *rows.stride(),
+            tile=tile,
+            INTEGER=rows.dtype == torch.int8,
+        )
+        return dots, sums
+
+    def exact_scores(
+        self, queries: Tensor, vectors: Tensor, scale: Tensor | None, query: Tensor, row: Tensor, metric: str
+    ) -> Tensor:
+        width = queries.shape[1]
+        if not 0 < width <= WIDEST:
+            return super().exact_scores(queries, vectors, scale, query, row, metric)
+        cosine = metric == "cosine"
+        dtype = torch.float64 if cosine else torch.float32
+        scores = torch.empty(query.numel(), dtype=dtype, device=queries.device)
+        squares = torch.empty_like(scores) if cosine else None
+        levels = (width - 1).bit_length()
+        tile = tile_of("topk_exact", queries, width=width)
+        launch(
+            topk_exact_kernel,
+            cdiv(query.numel(), tile["PAIRS"]),
+            queries,
+            vectors,
+            scale,
+            query.contiguous(),
+            row.contiguous(),
+            scores,
+            squares,
+            query.numel(),
+            width,
+            *vectors.stride(),
+            tile=Tile({"PAIRS": tile["PAIRS"]}, tile.warps),
+            exact_float=True,
+            L2=metric == "l2",
+            PIECES=max(1, 2**levels // tile["WIDTH"]),
+            LEVELS=min(levels, tile["WIDTH"].bit_length() - 1),
+        )
+        if squares is None:
+            return scores
+        return (scores / (norms(queries.double())[query] * floored_root(squares))).float()
+
+
+def _scan(
+    block: Block, limit: Tensor | None, dots: Tensor | None, candidates: Tensor | None, counts: Tensor | None
+) -> None:
+    queries, rows, mask = block.queries, block.rows, None
+    if block.mask is not None and dots is None:
+        mask = block.mask.view(torch.uint8)
+    n = queries.shape[0]
+    # as the compiler sees it: in elements
+    aligned = rows.stride(1) == 1 and rows.stride(0) % 16 == queries.shape[1] % 16 == 0
+    tile = tile_of("topk_scan", queries, rows.dtype, queries=n, aligned=int(aligned))
+    if mask is not None:
+        # its bytes take the registers that a limit would have to take back
+        tile = Tile(tile.blocks, tile.warps, tile.stages)
+    launch(
+        topk_scan_kernel,
+        cdiv(n, tile["BLOCK_M"]) * cdiv(block.count, tile["BLOCK_N"]),
+        queries,
+        rows,
+        block.positions,
+        mask,
+        block.factor,
+        block.offset,
+        block.slack,
+        limit,
+        block.scale,
+        block.shift,
+        block.reach,
+        block.lift,
+        dots,
+        candidates,
+        counts,
+        n,
+        block.count,
+        queries.shape[1],
+        block.first,
+        *rows.stride(),
+        *((0, 0) if mask is None else mask.stride()),
+        0 if candidates is None else candidates.shape[1],
+        tile=tile,
+        INTEGER=rows.dtype == torch.int8,
+        WIDEN=widens(rows.dtype),
+        PRECISION="tf32" if rows.dtype == torch.float32 else "ieee",
+    )
