@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels.ops import _topk_search, _triton, dispatch
+from vlmkernels.ops._library import like_inputs
 from vlmkernels.ops._topk_cpu import Rows
 
 
@@ -52,3 +53,27 @@ def range_search(
     from vlmkernels.ops.triton.topk import TritonScan
 
     return _topk_search.range_search(TritonScan(), queries, rows, threshold, metric, centre)
+
+
+def topk_similarity_gradients(
+    grad_scores: Tensor,
+    queries: Tensor,
+    database: Tensor,
+    indices: Tensor,
+    metric: str,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """As `_topk_cpu_backward.topk_similarity_gradients`."""
+    from vlmkernels.ops.triton.topk_backward import score_gradients
+
+    grad_queries, grad_database = like_inputs((queries, database), needs)
+    score_gradients(
+        grad_scores,
+        queries,
+        database,
+        indices,
+        metric,
+        grad_queries if needs[0] else None,
+        grad_database if needs[1] else None,
+    )
+    return grad_queries, grad_database

@@ -255,6 +255,10 @@ def _topk_backward_impl(
         return _topk_cpu_backward.topk_similarity_gradients(
             grad_scores, queries, database, indices, metric, (needs[0], needs[1])
         )
+    if backend == "triton":
+        return _topk_triton.topk_similarity_gradients(
+            grad_scores, queries, database, indices, metric, (needs[0], needs[1])
+        )
 
     def scores(q: Tensor, x: Tensor) -> Tensor:
         return reference.gather_scores(q, x, indices, metric)

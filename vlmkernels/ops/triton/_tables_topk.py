@@ -41,3 +41,8 @@ TABLES["topk_exact"] = (
     Row(Tile({"PAIRS": 1, "WIDTH": 512}, warps=4), least={"width": 1025}),
     Row(Tile({"PAIRS": 4, "WIDTH": 128}, warps=4)),
 )
+
+TABLES["topk_gradient"] = (
+    Row(Tile({"WIDTH": 32}), arch=0),
+    Row(Tile({"WIDTH": 256}, warps=4)),
+)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmkernels.ops import _topk_search
 from vlmkernels.ops._topk_search import Block
-from vlmkernels.ops.reference.topk_score import floored_root, norms
+from vlmkernels.ops.reference.topk_score import floored_root, norms, tree_sum
 
 from . import _tables_topk  # noqa: F401  puts its rows into the tables
 from ._launch import cdiv, launch, tile_of, widens
@@ -22,6 +22,8 @@ from .topk_kernels import topk_exact_kernel, topk_few_kernel, topk_scan_kernel
 
 #: Widest rows that are scored in registers; wider ones are by torch.
 WIDEST = 4096
+
+_WIDE_ELEMENTS = 2**20
 
 #: TF32 keeps 11 bits of each operand, and a device may cut off what is below them.
 _TF32_ROUNDING = 2.01 * 2.0**-10
@@ -74,37 +76,69 @@ class TritonScan(_topk_search.Scan):
     def exact_scores(
         self, queries: Tensor, vectors: Tensor, scale: Tensor | None, query: Tensor, row: Tensor, metric: str
     ) -> Tensor:
-        width = queries.shape[1]
-        if not 0 < width <= WIDEST:
+        if not 0 < queries.shape[1] <= WIDEST:
             return super().exact_scores(queries, vectors, scale, query, row, metric)
-        cosine = metric == "cosine"
-        dtype = torch.float64 if cosine else torch.float32
-        scores = torch.empty(query.numel(), dtype=dtype, device=queries.device)
-        squares = torch.empty_like(scores) if cosine else None
-        levels = (width - 1).bit_length()
-        tile = tile_of("topk_exact", queries, width=width)
-        launch(
-            topk_exact_kernel,
-            cdiv(query.numel(), tile["PAIRS"]),
-            queries,
-            vectors,
-            scale,
-            query.contiguous(),
-            row.contiguous(),
-            scores,
-            squares,
-            query.numel(),
-            width,
-            *vectors.stride(),
-            tile=Tile({"PAIRS": tile["PAIRS"]}, tile.warps),
-            exact_float=True,
-            L2=metric == "l2",
-            PIECES=max(1, 2**levels // tile["WIDTH"]),
-            LEVELS=min(levels, tile["WIDTH"].bit_length() - 1),
-        )
-        if squares is None:
+        scores = torch.empty(query.numel(), dtype=torch.float32, device=queries.device)
+        if metric != "cosine":
+            _exact(queries, vectors, scale, query, row, scores, None, l2=metric == "l2")
             return scores
-        return (scores / (norms(queries.double())[query] * floored_root(squares))).float()
+        sums, squares = pair_sums(queries, vectors, query, row, scale)
+        return (sums / (norms(queries.double())[query] * floored_root(squares))).float()
+
+
+def pair_sums(
+    queries: Tensor,  # [N, D] contiguous
+    rows: Tensor,  # [R, D]
+    query: Tensor,  # int64 [P]
+    row: Tensor,  # int64 [P]
+    scale: Tensor | None = None,  # [R], of int8 codes
+) -> tuple[Tensor, Tensor]:
+    """Products of pairs of vectors, and the sums of squares of the rows in them: exact float64 sums, [P] each."""
+    sums = torch.empty(query.numel(), dtype=torch.float64, device=queries.device)
+    squares = torch.empty_like(sums)
+    if 0 < queries.shape[1] <= WIDEST:
+        _exact(queries, rows, scale, query, row, sums, squares)
+        return sums, squares
+    step = max(1, _WIDE_ELEMENTS // max(1, queries.shape[1]))
+    for first in range(0, query.numel(), step):
+        part = slice(first, first + step)
+        x = rows[row[part]].double()
+        sums[part], squares[part] = tree_sum(queries[query[part]].double() * x), tree_sum(x.square())
+    return sums, squares
+
+
+def _exact(
+    queries: Tensor,
+    rows: Tensor,
+    scale: Tensor | None,
+    query: Tensor,
+    row: Tensor,
+    sums: Tensor,
+    squares: Tensor | None,
+    l2: bool = False,
+) -> None:
+    width = queries.shape[1]
+    levels = (width - 1).bit_length()
+    tile = tile_of("topk_exact", queries, width=width)
+    launch(
+        topk_exact_kernel,
+        cdiv(query.numel(), tile["PAIRS"]),
+        queries,
+        rows,
+        scale,
+        query.contiguous(),
+        row.contiguous(),
+        sums,
+        squares,
+        query.numel(),
+        width,
+        *rows.stride(),
+        tile=Tile({"PAIRS": tile["PAIRS"]}, tile.warps),
+        exact_float=True,
+        L2=l2,
+        PIECES=max(1, 2**levels // tile["WIDTH"]),
+        LEVELS=min(levels, tile["WIDTH"].bit_length() - 1),
+    )
 
 
 def _scan(

@@ -288,3 +288,48 @@ def topk_exact_kernel(
     if squares is not None:
         terms = _folded_terms(q_at, x_at, scale, exists, D, rows_col, "square", 0, 1, PIECES, PAIRS, WIDTH)
         tl.store(squares + pair, tree_sum(terms, PAIRS, LEVELS), mask=exists)
+
+
+# Gradients.
+
+
+@triton.jit
+def topk_gradient_kernel(
+    own,  # [R, D], any strides
+    others,  # [S, D], any strides
+    weight,  # float64 [E]
+    own_weight,  # float64 [E]
+    other,  # int64 [E], rows of others; negative: none
+    starts,  # int64 [R + 1]
+    out,  # [R, D] contiguous
+    D,
+    own_row,
+    own_col,
+    others_row,
+    others_col,
+    ADD: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """`out[r] = sum_e weight[e] others[other[e]] - own_weight[e] own[r]`, starts[r] <= e < starts[r + 1], in order.
+
+    Float64 sums, rounded once. Reads E rows, from L2 where many pairs share one, and writes R: bound by memory.
+    """
+    blocks = tl.cdiv(D, WIDTH)
+    r = (tl.program_id(0) // blocks).to(tl.int64)
+    col = tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH)
+    inside = col < D
+    wide_col = col.to(tl.int64)
+    total = tl.zeros((WIDTH,), tl.float64)
+    share = tl.zeros((WIDTH,), tl.float64)
+    for e in range(tl.load(starts + r), tl.load(starts + r + 1)):
+        row = tl.load(other + e)
+        exists = row >= 0
+        x = tl.load(others + row * others_row + wide_col * others_col, mask=inside & exists, other=0.0)
+        total += tl.where(exists, tl.load(weight + e), 0.0) * x.to(tl.float32).to(tl.float64)
+        share += tl.where(exists, tl.load(own_weight + e), 0.0)
+    x = tl.load(own + r * own_row + wide_col * own_col, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
+    # a vector of no pair has no gradient, whatever is in it
+    total -= tl.where(share != 0.0, share * x, 0.0)
+    if ADD:
+        total += tl.load(out + r * D + col, mask=inside, other=0.0).to(tl.float64)
+    tl.store(out + r * D + col, total.to(tl.float32).to(out.dtype.element_ty), mask=inside)
