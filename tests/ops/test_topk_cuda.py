@@ -12,7 +12,8 @@ from torch import Tensor
 
 import vlmkernels as vk
 from vlmkernels import _native
-from vlmkernels.ops import _topk_cuda
+from vlmkernels.ops import _topk_cuda, _topk_search
+from vlmkernels.ops._topk_cpu import Rows
 
 each_dtype = pytest.mark.parametrize("dtype", _topk_cuda.DTYPES, ids=str)
 each_metric = pytest.mark.parametrize("metric", ["dot", "cosine", "l2"])
@@ -24,13 +25,13 @@ needs_emulator = pytest.mark.skipif(
 @pytest.fixture(params=emulated_cuda.DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     # the reference goes first through few rows, so that the scan has some
-    monkeypatch.setattr(_topk_cuda, "FIRST_ROWS", 64)
+    monkeypatch.setattr(_topk_search, "FIRST_ROWS", 64)
     return emulated_cuda.use(request.param, monkeypatch)
 
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    monkeypatch.setattr(_topk_cuda, "FIRST_ROWS", 64)
+    monkeypatch.setattr(_topk_search, "FIRST_ROWS", 64)
     return emulated_cuda.use("emulated", monkeypatch)
 
 
@@ -97,7 +98,7 @@ def test_the_best_rows_come_last(device: torch.device) -> None:
 def test_chunks_are_cut_where_candidates_do_not_fit(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_topk_cuda, "MOST_CANDIDATES", 64)
+    monkeypatch.setattr(_topk_search, "MOST_CANDIDATES", 64)
     queries = torch.ones(4, 8, dtype=torch.bfloat16)
     database = torch.arange(1, 301, dtype=torch.float32)[:, None].expand(300, 8).bfloat16()
     assert_same(queries, database, 5, device)
@@ -106,10 +107,11 @@ def test_chunks_are_cut_where_candidates_do_not_fit(
 def test_few_candidates_pass_the_scan(device: torch.device) -> None:
     queries, database = vectors(16, 32, torch.bfloat16), vectors(1500, 32, torch.bfloat16, seed=1)
     scores, indices = vk.topk_similarity(queries, database[:500], 10, backend="reference")
-    part = _topk_cuda._Search(
-        queries.to(device), database.to(device), 10, "dot", None, scores.to(device), indices.to(device)
+    part = _topk_search.Search(
+        _topk_cuda.CudaScan(), queries.to(device), "dot", None, scores.to(device), indices.to(device)
     )
-    _, counts = part._candidates(500, 1500, 1000)
+    (piece,) = _topk_search._pieces([Rows(database.to(device), 1500)], None)
+    _, counts, _ = part._candidates(part.block(piece, 500, 1500), part.limit())
     # of twice as many rows as are known some 20 are better than the 10th; the bound adds next to none
     assert 8 * 16 <= counts.sum().item() <= 40 * 16
 

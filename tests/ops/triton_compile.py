@@ -57,11 +57,21 @@ def as_if_on_a_gpu(monkeypatch: Any) -> Iterator[None]:
 
 def compiled(launch: Launch, arch: int) -> Resources:
     """Compile what was recorded, specialised as a real launch would be, and read what the cubin takes."""
+    result = _compile(launch, arch)
+    return resources(result.metadata.name, result.asm["cubin"], result.metadata.shared)
+
+
+def compiled_assembly(launch: Launch, arch: int) -> str:
+    """The PTX of what was recorded."""
+    text: str = _compile(launch, arch).asm["ptx"]
+    return text
+
+
+def _compile(launch: Launch, arch: int) -> Any:
     source = ASTSource(
         launch.kernel, signature=signature(launch), constexprs=constants(launch), attrs=attributes(launch)
     )
-    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-    return resources(result.metadata.name, result.asm["cubin"], result.metadata.shared)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:

@@ -2,7 +2,8 @@
 """FlatIndex: a database of vectors with exact search.
 
 What it stores lives in `_index_store.py`; it is searched by the CPU kernels (`_topk_cpu.py`) where the rows are on the
-CPU and the extension is there, else by the reference (`reference/topk_scan.py`). The answers are the same.
+CPU and the extension is there, by the Triton kernels (`_topk_triton.py`) on a GPU, else by the reference
+(`reference/topk_scan.py`). The answers are the same.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from vlmkernels import _native
 
-from . import _check, _topk_cpu
+from . import _check, _topk_cpu, _topk_triton, _triton, dispatch
 from ._index_store import STORAGE_DTYPES, IndexRows, Layout, Snapshot, kernel_rows, read_file, write_file
 from ._topk_cpu import Stats
 from .reference.topk_scan import scan_range, scan_topk
@@ -283,11 +284,12 @@ class FlatIndex:
                 found = snapshot.find(_as_ids(op, "filter", given))
                 allowed = torch.zeros(snapshot.count, dtype=torch.bool, device=snapshot.device)
                 allowed[found[found >= 0]] = True
-        if _kernels_serve(snapshot):
-            rows = kernel_rows(snapshot)
-            return _topk_cpu.search(
-                op, wanted, rows, k, self._metric, allowed=allowed, mask=mask, centre=snapshot.centre
-            )
+        kernels, rows = _kernels(snapshot.device.type), kernel_rows(snapshot)
+        options = {"allowed": allowed, "mask": mask, "centre": snapshot.centre}
+        if kernels == "cpu":
+            return _topk_cpu.search(op, wanted, rows, k, self._metric, **options)
+        if kernels == "triton":
+            return _topk_triton.search(wanted, rows, k, self._metric, **options)
         positions = None if allowed is None else allowed.nonzero().squeeze(1)
         scores, ids = scan_topk(wanted, IndexRows(snapshot, positions), k, self._metric, mask=mask)
         return scores, ids, None
@@ -313,9 +315,11 @@ class FlatIndex:
         _check.number(op, "threshold", threshold)
         if math.isnan(threshold):
             raise ValueError(f"vk.{op}: threshold must be a number, got {threshold}")
-        if _kernels_serve(snapshot):
-            rows = kernel_rows(snapshot)
+        kernels, rows = _kernels(snapshot.device.type), kernel_rows(snapshot)
+        if kernels == "cpu":
             return _topk_cpu.range_search(op, wanted, rows, float(threshold), self._metric, snapshot.centre)
+        if kernels == "triton":
+            return _topk_triton.range_search(wanted, rows, float(threshold), self._metric, snapshot.centre)
         return scan_range(wanted, IndexRows(snapshot), threshold, self._metric)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -372,8 +376,11 @@ class FlatIndex:
         return _as_ids(op, "ids", _array(op, "ids", value))
 
 
-def _kernels_serve(snapshot: Snapshot) -> bool:
-    return snapshot.device.type == "cpu" and _native.cpu_reason is None
+def _kernels(device: str) -> str:
+    """Which backend searches rows on a kind of device."""
+    if device == "cpu":
+        return "cpu" if _native.cpu_reason is None else "reference"
+    return "reference" if _triton.reasons(dispatch.Call(device, torch.float32)) else "triton"
 
 
 def _full_device(device: torch.device | str) -> torch.device:

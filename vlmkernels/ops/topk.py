@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmkernels import _native
 
-from . import _check, _topk_cpu, _topk_cpu_backward, _topk_cuda, dispatch
+from . import _check, _topk_cpu, _topk_cpu_backward, _topk_cuda, _topk_triton, dispatch
 from ._library import differentiate, follow_autocast, like_inputs, register_op
 from .reference import topk as reference
 
@@ -197,16 +197,15 @@ def _topk_fake(
 def _topk_impl(
     queries: Tensor, database: Tensor, k: int, metric: str, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
+    shared = mask if mask is not None and mask.ndim == 1 else None
+    each = mask if mask is not None and mask.ndim == 2 else None
+    rows = [_topk_cpu.Rows(database, database.shape[0])]
     if backend == "cpu":
-        shared = mask if mask is not None and mask.ndim == 1 else None
-        each = mask if mask is not None and mask.ndim == 2 else None
-        rows = [_topk_cpu.Rows(database, database.shape[0])]
-        scores, indices, _ = _topk_cpu.search(
-            "topk_similarity", queries, rows, k, metric, allowed=shared, mask=each
-        )
-        return scores, indices
+        return _topk_cpu.search("topk_similarity", queries, rows, k, metric, allowed=shared, mask=each)[:2]
     if backend == "cuda":
-        return _topk_cuda.search(queries, database, k, metric, mask)
+        return _topk_cuda.search(queries, rows, k, metric, allowed=shared, mask=each)[:2]
+    if backend == "triton":
+        return _topk_triton.search(queries, rows, k, metric, allowed=shared, mask=each)[:2]
     return reference.topk_similarity(queries.detach(), database.detach(), k, metric, mask)
 
 
@@ -254,6 +253,10 @@ def _topk_backward_impl(
 ) -> tuple[Tensor, ...]:
     if backend == "cpu":
         return _topk_cpu_backward.topk_similarity_gradients(
+            grad_scores, queries, database, indices, metric, (needs[0], needs[1])
+        )
+    if backend == "triton":
+        return _topk_triton.topk_similarity_gradients(
             grad_scores, queries, database, indices, metric, (needs[0], needs[1])
         )
 

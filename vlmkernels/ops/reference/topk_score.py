@@ -61,5 +61,10 @@ def pair_scores(queries: Tensor, rows: Tensor, metric: str) -> Tensor:
 
 def norms(x: Tensor) -> Tensor:
     """`max(|x|, 1e-12)` over the last dimension by `tree_sum`, in x's dtype: [..., D] -> [...]."""
+    return floored_root(tree_sum(x.square()))
+
+
+def floored_root(squares: Tensor) -> Tensor:
+    """Norms of sums of squares."""
     # The floor goes on the square: the square root's slope at zero is infinite, and 0 * inf would be a NaN gradient.
-    return tree_sum(x.square()).clamp(min=NORM_FLOOR**2).sqrt()
+    return squares.clamp(min=NORM_FLOOR**2).sqrt()
