@@ -513,7 +513,7 @@ def _over_group(
 
 def _choose(op: str, left: Tensor, right: Tensor, compute: torch.dtype, backend: str | None) -> str:
     logits = left.numel() // max(left.shape[-1], 1) * right.shape[-2]
-    facts = {"dtypes": (left.dtype, right.dtype), "width": left.shape[-1]}
+    facts = {"dtypes": (left.dtype, right.dtype), "width": left.shape[-1], "logits": logits}
     return dispatch.choose(op, dispatch.Call(left.device.type, compute, facts, 4 * logits), backend)
 
 
