@@ -79,7 +79,6 @@ def test_search(arena: Arena, n: int, k: int) -> None:
         op="topk_similarity",
         ours=lambda backend: inside(lambda: vk.topk_similarity(queries, database, run_k, backend=backend)),
         peers={"product and topk": lambda: inside(lambda: blocked_topk(queries, database, run_k))},
-        library=("product and topk",),
         check=error,
         tolerance=TOLERANCE,
         shape=[run_n, m, width],

@@ -241,7 +241,7 @@ class Arena:
         step: str = "forward",
         only: str | None = None,
         beside: Mapping[str, Setup] | None = None,
-        library: tuple[str, ...] = (),
+        library: Mapping[str, str] | None = None,
         compiles: tuple[str, ...] = (),
         operations: float = 0.0,
         kind: str = "bfloat16",
@@ -263,7 +263,7 @@ class Arena:
             step: "forward", "backward" or "forward+backward".
             only: one backend of ours instead of all.
             beside: further programs that are timed and noted, and are no peers: they do another thing.
-            library: peers that `dispatch` could choose in our place: they do the same work from the same tensors.
+            library: peers that `dispatch` could choose in our place, with the names that it has for them.
             compiles: peers that a compiler prepares, which --prepare runs as well.
             operations: useful ones; `kind` names the limit they are held against.
             moved: bytes that must be read and written.
@@ -295,7 +295,7 @@ class Arena:
             if winner is not None:
                 self._fastest[op] = winner
             common = {"op": op, "shape": shape, "dtype": "bfloat16", "step": step, **more}
-            common["library"] = [peer for peer in library if peer in outcome.times]
+            common["library"] = dict(library or {})
             self._note_rows(
                 name, outcome, own, peers, list(others), classes, common, figures, operations, kind, moved
             )

@@ -72,15 +72,6 @@ def unless_fastest(op: str, backend: str) -> Callable[[Call], list[str]]:
     return not_default
 
 
-def where_another_is(op: str, backend: str, call: Call) -> list[str]:
-    """What speaks against a backend that needs no measurement to be the default: that another won, and is no kernel
-    of ours that comes before it anyway."""
-    winner = fastest(op, call)
-    return (
-        [f"committed results show {winner} faster for such shapes"] if winner not in (None, backend) else []
-    )
-
-
 # Classes.
 
 
@@ -105,11 +96,12 @@ def _attention(facts: Facts) -> str | None:
     words = ["head", str(facts["head_dim"]), _up_to("keys", facts["keys"], LENGTHS)]
     words += ["causal"] if facts["is_causal"] else []
     words += ["key_mask"] if facts["key_mask"] else []
+    words += ["gradient"] if facts["gradient"] else []
     return " ".join(words)
 
 
 def _contrastive(facts: Facts) -> str | None:
-    if facts.get("labels") or "logits" not in facts:
+    if "logits" not in facts:  # over a process group
         return None
     return f"{_up_to('width', facts['width'], WIDTHS)} {_up_to('logits', facts['logits'], LOGITS)}"
 
