@@ -120,7 +120,11 @@ def _layer(size: int) -> Tensors:
 
 def _quantized(scheme: str) -> Problem:
     def call(x: Tensors, backend: str | None) -> Sequence[Tensor]:
-        qweight = vk.quantize_weight(x["weight"].detach(), scheme)
+        weight = x["weight"]
+        # kept with the tensor: what a CUDA graph captures is the layer alone
+        if scheme not in weight.__dict__:
+            weight.__dict__[scheme] = vk.quantize_weight(weight.detach(), scheme)
+        qweight = weight.__dict__[scheme]
         options = {"activation": "gelu", "residual": x["residual"], "backend": backend}
         return [vk.quantized_linear(x["x"], qweight, x["bias"], **options)]
 

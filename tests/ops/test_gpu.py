@@ -108,10 +108,10 @@ def test_a_cuda_graph_replays_forward_and_backward(name: str, backend: str) -> N
     with torch.cuda.graph(graph):
         captured = problem.run(inputs, backend)
     with torch.no_grad():
-        for key, x in inputs.items():
-            if x.is_floating_point() and x.ndim:
-                others[key].copy_(x.flip(0))
-                x.copy_(others[key])
+        for key in problem.leaves:
+            if inputs[key].ndim:
+                others[key].copy_(inputs[key].flip(0))
+                inputs[key].copy_(others[key])
     graph.replay()
     eager = problem.run(others, backend)
     torch.cuda.synchronize()
