@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the GPU kernels are to reach on an H200, row by row, and what a run says of it."""
+"""What the GPU kernels are to reach on an H200, row by row, and what a run says of it.
+
+python benchmarks/gpu_goals.py            # the table of README.md, from the committed results of that card
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from result_files import Row
+
+#: Committed results of the card that the goals are for.
+RESULTS = Path(__file__).parent / "results" / "nvidia-h200"
+UNMEASURED = "not yet measured"
 
 
 @dataclass(frozen=True)
@@ -89,22 +98,44 @@ GOALS = (
 NEVER_SLOWER = "w8a8 ViT", "w8a8 so400m"
 
 
+def best_of(goal: Goal, rows: Iterable[Row]) -> dict[str, float]:
+    """Figures of a goal by backend of ours, the best first."""
+    named = [row for row in rows if row["name"] == f"{goal.row} {row.get('backend')}"]
+    figures = {row["backend"]: goal.of(row) for row in named}
+    known = [(value, backend) for backend, value in figures.items() if value is not None]
+    return {backend: value for value, backend in sorted(known, reverse=not goal.most)}
+
+
 def verdicts(rows: Iterable[Row]) -> Iterator[str]:
-    """A line for every goal: reached, missed or not measured, with the figure of our best backend."""
+    """A line for every goal: reached, missed or not measured, with the figures of our backends."""
     rows = list(rows)
     for goal in GOALS:
-        ours = {
-            row["backend"]: goal.of(row) for row in rows if row["name"] == f"{goal.row} {row.get('backend')}"
-        }
-        known = {backend: value for backend, value in ours.items() if value is not None}
-        if not known:
+        figures = best_of(goal, rows)
+        if not figures:
             yield f"not measured  {goal}"
             continue
-        best = (min if goal.most else max)(known, key=known.__getitem__)
-        state = "reached" if goal.reached(known[best]) else "missed"
-        others = "".join(f", {backend} {value:.3g}" for backend, value in known.items() if backend != best)
-        yield f"{state:<12}  {goal}; {best} {known[best]:.3g}{others}"
+        state = "reached" if goal.reached(next(iter(figures.values()))) else "missed"
+        yield f"{state:<12}  {goal}; {', '.join(f'{name} {value:.3g}' for name, value in figures.items())}"
     yield from _never_slower(rows)
+
+
+def table(rows: Iterable[Row]) -> list[str]:
+    """Lines of the Markdown table of goals and committed figures."""
+    rows = list(rows)
+    lines = ["| row | figure | goal | measured |", "|---|---|---|---|"]
+    for goal in GOALS:
+        figures = best_of(goal, rows)
+        said = ", ".join(f"{value:.3g} ({name})" for name, value in figures.items()) or UNMEASURED
+        bound = f"{'at most' if goal.most else 'at least'} {goal.bound:g}"
+        lines.append(f"| {goal.row} | {goal.measure.replace('over ', 'gain over ')} | {bound} | {said} |")
+    return lines
+
+
+def committed() -> list[Row]:
+    """Rows of `RESULTS`."""
+    return [
+        row for path in sorted(RESULTS.glob("*.json")) for row in json.loads(path.read_text("utf-8"))["rows"]
+    ]
 
 
 def _never_slower(rows: list[Row]) -> Iterator[str]:
@@ -117,3 +148,7 @@ def _never_slower(rows: list[Row]) -> Iterator[str]:
     state = "not measured" if not best else "missed" if slower else "reached"
     said = "".join(f"; {name} {ratio:.2f}" for name, ratio in slower.items())
     yield f"{state:<12}  w8a8 is never slower than bfloat16, {len(best)} layers{said}"
+
+
+if __name__ == "__main__":
+    print(*table(committed()), sep="\n")

@@ -205,6 +205,47 @@ def test_the_clock_flushes_sleeps_and_times_between_its_events(monkeypatch: pyte
     assert log[1] == gpu_measures.LONGEST_SLEEP * gpu_measures.CYCLES_PER_SECOND
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available, disabling CUDA profiling")
+def test_what_only_a_device_does_is_spelt_right(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs, memory, launches and calls per microsecond, on stand-ins for the functions of `torch.cuda`."""
+    allocated = iter([100, 100])
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None: ...
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: Any) -> None: ...
+
+    class Graph(Stream):
+        def replay(self) -> None: ...
+
+    cuda = {
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "current_stream": Stream,
+        "stream": lambda stream: stream,
+        "graph": lambda graph: graph,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: next(allocated),
+        "max_memory_allocated": lambda: 180,
+    }
+    for name, stand_in in cuda.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    arena.dry = False
+    replay, captured = arena.graph(lambda: [torch.ones(2)])
+    assert replay() is None and captured[0].sum() == 2
+    assert arena.extra_bytes(lambda: [torch.ones(5)]) == 180 - 100 - 20
+    assert arena.alive()
+    monkeypatch.setattr(torch.autograd.DeviceType, "CUDA", torch.autograd.DeviceType.CPU, raising=True)
+    assert arena.launches(lambda: torch.ones(3) + 1) > 0
+    assert len(arena.microseconds_per_call(lambda: None, calls=2)) == 9
+    assert arena.versions().keys() == {"card", "arch", "cuda", "cudnn", "triton"}
+
+
 @pytest.mark.parametrize(
     ("kind", "card", "rate"),
     [
@@ -244,6 +285,17 @@ def test_goals_are_judged_by_our_best_backend() -> None:
         lines[-1]
         == "missed        w8a8 is never slower than bfloat16, 1 layers; w8a8 ViT-B/16 out, 1 images 0.90"
     )
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_results() -> None:
+    table = "\n".join(gpu_goals.table(gpu_goals.committed()))
+    readme = (SUITES / "README.md").read_text(encoding="utf-8")
+    assert table in readme, f"put this into benchmarks/README.md:\n{table}"
+    name = "attention ViT-B/16 (256,12,197,64) bfloat16 forward"
+    lines = gpu_goals.table(
+        [invented(name, "triton", ms=1.0, ratio=1.6), invented(name, "cuda", ms=0.8, ratio=1.9)]
+    )
+    assert f"| {name} | ratio | at least 1.7 | 1.9 (cuda), 1.6 (triton) |" in lines
 
 
 def test_results_go_to_the_cards_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
