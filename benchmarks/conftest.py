@@ -17,12 +17,14 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu_measures
 import measures
 import pytest
+import result_files
 import torch
 
 from vlmkernels import _native
@@ -31,6 +33,8 @@ from vlmkernels._version import __version__
 
 HERE = Path(__file__).parent
 ROWS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
+#: Suites of this name hold rows of a GPU, whose results are those of the card.
+GPU_SUITE = "bench_gpu_"
 PROBE_SECONDS = 0.3
 
 #: A minute or two of rows, at least one of every family: what `-m quick` and `vlmkernels bench --quick` run.
@@ -63,6 +67,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", default=str(HERE / "results"), help="where results are kept, by machine")
     group.addoption("--save-results", action="store_true", help="write <results>/<machine>/<family>.json")
     group.addoption("--rows", default=None, metavar="FILE", help="write the rows of this run to one file")
+    group.addoption(
+        "--append", default=None, metavar="FILE", help="append each row to a file, as soon as it is there"
+    )
+    group.addoption(
+        "--dry", action="store_true", help="GPU rows: small problems on the CPU, timed by a fake clock"
+    )
+    group.addoption(
+        "--prepare", action="store_true", help="GPU rows: compile what they need, and measure nothing"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -71,12 +84,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    why_no_gpu = None
+    if not config.getoption("--dry"):
+        if not torch.cuda.is_available():
+            why_no_gpu = "there is no CUDA device"
+        elif "gpu" not in config.option.markexpr:  # the processor's rows are of another machine class
+            why_no_gpu = "rows of a GPU run with -m gpu"
     for item in items:
         if short_node(item) in QUICK:
             item.add_marker(pytest.mark.quick)
-        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+        if item.get_closest_marker("gpu") is not None:
+            # those of torch's compiler and of other releases say nothing about our kernels
+            item.add_marker(pytest.mark.filterwarnings("default"))
+            if why_no_gpu is not None:
+                item.add_marker(pytest.mark.skip(reason=why_no_gpu))
 
 
 def short_node(item: pytest.Item) -> str:
@@ -92,20 +114,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         content = {"name": name, "machine": machine(config), "families": families}
         write_text_atomically(config.getoption("--rows"), json.dumps(content))
     if config.getoption("--save-results"):
-        folder = Path(config.getoption("--results")) / name
-        folder.mkdir(parents=True, exist_ok=True)
         for family, rows in families.items():
-            save_rows(folder / f"{family}.json", machine(config), rows)
-
-
-def save_rows(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Puts rows into a file of results, one a line; those of the same names are replaced."""
-    rows = [{key: value for key, value in row.items() if key != "node"} for row in rows]
-    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    new = {row["name"] for row in rows}
-    merged = [row for row in kept if row["name"] not in new] + rows
-    lines = ",\n".join("  " + json.dumps(row) for row in sorted(merged, key=lambda row: row["name"]))
-    write_text_atomically(path, f'{{"machine": {json.dumps(machine)},\n "rows": [\n{lines}\n]}}\n')
+            folder = Path(config.getoption("--results")) / name
+            result_files.save_rows(folder / f"{family}.json", machine(config), rows)
 
 
 def machine_name() -> str:
@@ -148,9 +159,9 @@ def threads(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(autouse=True)
-def extension() -> None:
-    """Every row measures the compiled kernels; without them there is nothing to compare."""
-    if _native.cpu_reason is not None:
+def extension(request: pytest.FixtureRequest) -> None:
+    """Every row of the processor measures the compiled kernels; without them there is nothing to compare."""
+    if _native.cpu_reason is not None and request.node.get_closest_marker("gpu") is None:
         pytest.fail(f"vlmkernels._cpu is not available: {_native.cpu_reason}")
 
 
@@ -160,12 +171,37 @@ def row(benchmark, request: pytest.FixtureRequest, threads: int) -> Callable[...
     family = Path(request.node.fspath).stem.removeprefix("bench_")
 
     def note(name: str, **figures: Any) -> None:
-        figures = {key: _short(value) for key, value in figures.items()}
+        figures = _short(figures)
         benchmark.extra_info.update(figures)
         entry = {"name": name, **figures, "threads": threads, **versions(), "node": short_node(request.node)}
         request.config.stash[ROWS].setdefault(family, []).append(entry)
 
     return note
+
+
+@pytest.fixture(scope="session")
+def gpu(request: pytest.FixtureRequest) -> gpu_measures.Arena:
+    """What GPU rows run on; one for the whole run, since its probes and its clock are shared."""
+    option = request.config.getoption
+    return gpu_measures.Arena(dry=option("--dry"), prepare=option("--prepare"))
+
+
+@pytest.fixture
+def arena(gpu: gpu_measures.Arena, request: pytest.FixtureRequest) -> Iterator[gpu_measures.Arena]:
+    """`gpu`, its rows noted for this test's family; what failed in a row fails the test at its end."""
+    family = Path(request.node.fspath).stem.removeprefix(GPU_SUITE)
+
+    def note(name: str, **figures: Any) -> None:
+        entry = {"name": name, **_short(figures), **versions(), "node": short_node(request.node)}
+        request.config.stash[ROWS].setdefault(family, []).append(entry)
+        if request.config.getoption("--append"):
+            result_files.append_row(Path(request.config.getoption("--append")), family, entry)
+
+    gpu.note, gpu.failures = note, []
+    yield gpu
+    gpu.tidy()
+    if gpu.failures:
+        pytest.fail("\n".join(gpu.failures), pytrace=False)
 
 
 @pytest.fixture
@@ -218,4 +254,7 @@ def share_of_peak(peak: Callable[[str], float]) -> Callable[[str, float, float],
 
 
 def _short(value: Any) -> Any:
+    """Floats to four digits, those in dictionaries as well."""
+    if isinstance(value, dict):
+        return {key: _short(x) for key, x in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -14,6 +14,7 @@ from torch import Tensor
 import vlmkernels as vk
 from vlmkernels import _native
 from vlmkernels.ops import _contrastive_cuda as kernels
+from vlmkernels.ops import dispatch
 from vlmkernels.ops._contrastive_ops import Arguments
 
 each_dtype = pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
@@ -203,6 +204,68 @@ def test_nan_stays_in_its_row_and_in_every_column(device: torch.device) -> None:
     kernels.softmax_forward(call, torch.bfloat16, (new(()), row_lse, col_lse, new(0)), "clip_loss")
     assert row_lse[1].isnan().nonzero().flatten().tolist() == [140]
     assert col_lse[1].isnan().all()
+
+
+# Through the public functions.
+
+
+def public(op: str, q: Tensor, k: Tensor, **options: Any) -> dict[str, Tensor]:
+    """Loss and gradients of an op; a float64 call is the reference's."""
+    tensors = {"q": q.clone().requires_grad_(), "k": k.clone().requires_grad_()}
+    scale = tensors["scale"] = torch.tensor(12.0, device=q.device, requires_grad=True)
+    generator, device = torch.Generator().manual_seed(5), q.device
+    if op == "clip_loss":
+        loss = vk.clip_loss(*tensors.values(), label_smoothing=0.1, **options)
+    elif op == "siglip_loss":
+        tensors["bias"] = torch.tensor(-8.0, device=device, requires_grad=True)
+        loss = vk.siglip_loss(*tensors.values(), **options)
+    elif op == "info_nce":
+        mask = (torch.rand(len(k), generator=generator) < 0.7).to(device)
+        mask[: len(q)] = True
+        loss = vk.info_nce(*tensors.values(), key_mask=mask, **options)
+    else:
+        targets = torch.randint(len(k), (len(q),), generator=generator)
+        targets[3] = -100
+        tensors["keys"] = torch.randn(len(k), generator=generator).to(q).requires_grad_()
+        loss = vk.linear_cross_entropy(
+            tensors["q"],
+            tensors["k"],
+            targets.to(device),
+            bias=tensors["keys"],
+            logit_scale=scale,
+            **options,
+        )
+    grads = torch.autograd.grad(loss, list(tensors.values()))
+    return {"loss": loss.detach().cpu(), **{n: g.cpu() for n, g in zip(tensors, grads, strict=True)}}
+
+
+@pytest.mark.parametrize("op", ["clip_loss", "siglip_loss", "info_nce", "linear_cross_entropy"])
+def test_public_functions(op: str, device: torch.device) -> None:
+    n = 40
+    q, k = pair(n, n if op in ("clip_loss", "siglip_loss") else 70, 24, torch.bfloat16)
+    ours = public(op, q.to(device), k.to(device), backend="cuda")
+    expected = public(op, q.double(), k.double(), backend="reference")
+    assert ours["q"].dtype == torch.bfloat16
+    # their sums are rounded to bfloat16 at the end, with the gradient of the bias, which has the features' dtype
+    for name in ours:
+        half = name in ("q", "k", "keys")
+        torch.testing.assert_close(
+            ours[name].double(),
+            expected[name].double(),
+            rtol=2**-7 if half else 1e-4,
+            atol=2**-7 * expected[name].abs().max().item() if half else 1e-4,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
+
+
+def test_a_group_and_labels_are_refused(emulated: torch.device) -> None:
+    facts = {"dtypes": (torch.bfloat16,) * 2, "width": 8, "group": True}
+    against = kernels.reasons(dispatch.Call("cpu", torch.bfloat16, facts))
+    assert against == ["it has no blocks of logits for a process group"]
+    q, k = pair(5, 5, 8, torch.bfloat16)
+    labels = torch.arange(5)
+    with pytest.raises(NotImplementedError, match="no cuda kernel for this op"):
+        vk.multi_positive_loss(q, k, 5.0, labels, labels, backend="cuda")
 
 
 # Bits, races, bounds.

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import vlmkernels as vk
 from vlmkernels import _native
-from vlmkernels.ops import _quantized_cuda
+from vlmkernels.ops import _quantized_cuda, measured
+from vlmkernels.ops.dispatch import Call
 from vlmkernels.ops.reference import quantized as reference
 
 each_dtype = pytest.mark.parametrize("dtype", _quantized_cuda.DTYPES, ids=str)
@@ -256,6 +257,6 @@ def test_refusals(scheme: str, dtype: torch.dtype, reason: str, emulated: torch.
 
 
 def test_it_is_no_default_before_a_gpu_has_shown_it() -> None:
-    assert _quantized_cuda._not_default(None) == [  # type: ignore[arg-type]
-        "no committed result from a GPU shows it right and faster yet"
-    ]
+    facts = {"outputs": 64, "inputs": 64, "rows": 5, "scheme": "w8a8"}
+    not_default = measured.unless_fastest("quantized_linear", "cuda")
+    assert not_default(Call("cuda", torch.bfloat16, facts)) == [measured.UNMEASURED]

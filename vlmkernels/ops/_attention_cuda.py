@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import _native
-from vlmkernels.ops import dispatch
+from vlmkernels.ops import dispatch, measured
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 128
@@ -40,11 +40,9 @@ def reasons(call: dispatch.Call) -> list[str]:
     return against
 
 
-def _not_default(call: dispatch.Call) -> list[str]:
-    return ["no committed result from a GPU shows it right and faster yet"]
-
-
-dispatch.register_backend("attention", "cuda", reasons, priority=5, not_default=_not_default)
+dispatch.register_backend(
+    "attention", "cuda", reasons, priority=5, not_default=measured.unless_fastest("attention", "cuda")
+)
 
 View = tuple[int, int, int, int]
 _NOTHING: View = (0, 0, 0, 0)

@@ -42,8 +42,11 @@ def reasons(call: dispatch.Call) -> list[str]:
         against.append(f"it serves cuda tensors, not {call.device}")
     if call.dtype not in DTYPES:
         against.append(f"it multiplies bfloat16 and float16, not {call.dtype}")
-    if call.facts.get("labels"):
-        against.append("positives are indices, not labels")
+    if any(dtype not in (*DTYPES, torch.float32) for dtype in call.facts["dtypes"]):
+        shown = " and ".join(map(str, call.facts["dtypes"]))
+        against.append(f"features are float32, bfloat16 or float16, not {shown}")
+    if call.facts.get("group"):
+        against.append("it has no blocks of logits for a process group")
     return against
 
 

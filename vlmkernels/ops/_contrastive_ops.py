@@ -122,6 +122,12 @@ def _triton_kernels() -> Any:
     return contrastive
 
 
+def _cuda_kernels() -> Any:
+    from vlmkernels.ops import _contrastive_cuda  # which builds on this file
+
+    return _contrastive_cuda
+
+
 def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.op = inputs[-1]
 
@@ -149,6 +155,9 @@ def _softmax_impl(*args: Any) -> tuple[Tensor, ...]:
     if backend == "triton":
         with no_autocast(call.q.device.type):
             return _triton_kernels().softmax_forward(call, _softmax_fake(*args))
+    if backend == "cuda":
+        with no_autocast(call.q.device.type):
+            return _cuda_kernels().softmax_forward(call, call.compute, _softmax_fake(*args), op)
     outputs = _softmax_fake(*args)
     launch = _Launch(call)
     for name, tensor in zip(("loss", "row_lse", "col_lse", "saved"), outputs, strict=True):
@@ -201,6 +210,10 @@ def _softmax_backward_impl(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
         outputs = _softmax_backward_fake(grad_loss, *args)
         with no_autocast(call.q.device.type):
             return _triton_kernels().softmax_backward(grad_loss, call, kept, needs, outputs)
+    if backend == "cuda":
+        outputs = _softmax_backward_fake(grad_loss, *args)
+        with no_autocast(call.q.device.type):
+            return _cuda_kernels().softmax_backward(grad_loss, call, call.compute, kept, needs, outputs, op)
     launch = _Launch(call)
     for name, tensor in zip(("row_lse", "col_lse", "saved"), kept, strict=True):
         launch.add(name, tensor)
@@ -250,6 +263,9 @@ def _one_pass_impl(*args: Any) -> tuple[Tensor, ...]:
     if backend == "triton":
         with no_autocast(call.q.device.type):
             return _triton_kernels().one_pass(call, sigmoid, needs, _one_pass_fake(*args))
+    if backend == "cuda":
+        with no_autocast(call.q.device.type):
+            return _cuda_kernels().one_pass(call, call.compute, sigmoid, needs, _one_pass_fake(*args), op)
     launch = _Launch(call)
     loss, _, _, grad_scale, grad_bias, grad_key_bias = _one_pass_fake(*args)
     launch.add("loss", loss)

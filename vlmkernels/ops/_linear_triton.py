@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlmkernels.ops import _triton
+from vlmkernels.ops import _triton, measured
 from vlmkernels.ops._library import like_inputs
 from vlmkernels.ops._linear_cpu import LARGEST_K
 from vlmkernels.ops.dispatch import Call
@@ -61,6 +61,8 @@ def not_default(call: Call) -> list[str]:
     found = _triton.not_default(call)
     if call.facts["activation"] is None and call.facts["result_dtype"] == call.facts["x_dtype"]:
         found.append("without an activation, torch's library product has nothing left to fuse")
+    elif measured.fastest("linear", call) == "reference":
+        found.append("committed results show torch's own product faster for such shapes")
     return found
 
 

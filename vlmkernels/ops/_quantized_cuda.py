@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmkernels import _native
-from vlmkernels.ops import _check, dispatch
+from vlmkernels.ops import _check, dispatch, measured
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,11 +41,13 @@ def reasons(call: dispatch.Call) -> list[str]:
     return against
 
 
-def _not_default(call: dispatch.Call) -> list[str]:
-    return ["no committed result from a GPU shows it right and faster yet"]
-
-
-dispatch.register_backend("quantized_linear", "cuda", reasons, priority=5, not_default=_not_default)
+dispatch.register_backend(
+    "quantized_linear",
+    "cuda",
+    reasons,
+    priority=5,
+    not_default=measured.unless_fastest("quantized_linear", "cuda"),
+)
 
 
 def _rows(x: Tensor) -> Tensor:

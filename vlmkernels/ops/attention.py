@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from vlmkernels.ops import _attention_library, _check, dispatch
 from vlmkernels.ops import _attention_ops as ops
-from vlmkernels.ops import _check, dispatch
 from vlmkernels.ops._library import follow_autocast, no_autocast
 from vlmkernels.ops.reference import attention as reference
 
@@ -310,6 +310,8 @@ def _attention(
                 "seed": seed,
             }
             out, lse = reference.attention(q, k, v, bias=bias, key_mask=key_mask, **options)
+        elif name in (_attention_library.FLASH, _attention_library.CUDNN):
+            return _attention_library.forward(name, q, k, v, is_causal, scale)
         elif packed is not None:
             out, lse = ops.attention_qkvpacked(
                 packed, bias, key_mask, seed, is_causal, scale, dropout_p, name
@@ -358,6 +360,10 @@ def _call(
         "is_causal": is_causal,
         "dropout": dropout_p > 0.0,
         "return_lse": return_lse,
+        "gradient": torch.is_grad_enabled()
+        and (
+            q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+        ),
     }
     return dispatch.Call(q.device.type, q.dtype, facts, scores * max(q.element_size(), 4))
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlmkernels import _native
-from vlmkernels.ops import _check, _triton, dispatch
+from vlmkernels.ops import _check, _contrastive_cuda, _triton, dispatch, measured
 from vlmkernels.ops._contrastive_group import GroupLoss, group_sigmoid, group_softmax
 from vlmkernels.ops._contrastive_ops import REDUCTIONS, Arguments, one_pass_contrastive, softmax_contrastive
 from vlmkernels.ops._library import autocast_dtype
@@ -506,14 +506,14 @@ def _over_group(
         raise ValueError(
             f"vk.{op}: with a group, features must be [N, D], got {_check.shapes(left=left, right=right)}"
         )
-    facts = {"dtypes": (left.dtype, right.dtype), "width": left.shape[-1]}
+    facts = {"dtypes": (left.dtype, right.dtype), "width": left.shape[-1], "group": True}
     name = dispatch.choose(op, dispatch.Call(left.device.type, compute, facts), backend)
     return GroupLoss(op, group, compute, name, smoothing)
 
 
 def _choose(op: str, left: Tensor, right: Tensor, compute: torch.dtype, backend: str | None) -> str:
     logits = left.numel() // max(left.shape[-1], 1) * right.shape[-2]
-    facts = {"dtypes": (left.dtype, right.dtype), "width": left.shape[-1]}
+    facts = {"dtypes": (left.dtype, right.dtype), "width": left.shape[-1], "logits": logits}
     return dispatch.choose(op, dispatch.Call(left.device.type, compute, facts, 4 * logits), backend)
 
 
@@ -543,6 +543,14 @@ def _triton_reasons(call: dispatch.Call) -> list[str]:
 
 for _op in ("clip_loss", "siglip_loss", "multi_positive_loss", "info_nce", "linear_cross_entropy"):
     dispatch.register_backend(_op, "cpu", _cpu_reasons, priority=10)
+    if _op != "multi_positive_loss":  # positives of those kernels are indices, not labels
+        dispatch.register_backend(
+            _op,
+            "cuda",
+            _contrastive_cuda.reasons,
+            priority=_triton.PRIORITY,
+            not_default=measured.unless_fastest(_op, "cuda"),
+        )
     dispatch.register_backend(
         _op, "triton", _triton_reasons, priority=_triton.PRIORITY, not_default=_triton.not_default
     )
@@ -573,7 +581,11 @@ def _softmax_loss(
 ) -> Tensor:
     call = Arguments(q, k, _as_scalar(logit_scale, q), compute=compute, **options)
     logits = math.prod(q.shape[:-1]) * k.shape[-2]
-    keep = 4 * logits <= KEEP_BYTES and any(_wants_gradients(q, k, call.scale, call.key_bias))
+    keep = (
+        backend != "cuda"
+        and 4 * logits <= KEEP_BYTES
+        and any(_wants_gradients(q, k, call.scale, call.key_bias))
+    )
     return softmax_contrastive(*call, keep, backend, op)[0]
 
 
