@@ -65,7 +65,10 @@ def gda_new(text: Tensor, x: Tensor, k: int, copies: int) -> Tensor:
 
 
 def mutual_scores(z: Tensor, top: float) -> Tensor:
-    """MuSc: distances of every pair of pictures' patches."""
+    """MuSc: distances of every pair of pictures' patches.
+
+    The released code also has a form with all other pictures at once: L times (N - 1) L distances, and slower here.
+    """
     n = len(z)
     nearest = torch.stack([torch.stack([torch.cdist(a, b).amin(1) for b in z], 1) for a in z])  # [N, L, N]
     nearest[torch.arange(n), :, torch.arange(n)] = torch.inf

@@ -23,6 +23,8 @@ from vlmkernels.train.evaluation import Encoder
 
 #: Elements of the largest temporary of a method that works in blocks of rows: 16 MiB of float32.
 BLOCK_ELEMENTS = 2**22
+#: Elements of a block that several passes go over: 4 MiB of float32, which the last cache keeps.
+CACHE_ELEMENTS = 2**20
 DEFAULT_SCALE = 100.0
 
 
@@ -166,6 +168,15 @@ def row_blocks(rows: int, width: int, elements: int = BLOCK_ELEMENTS) -> Iterato
     step = max(1, elements // max(width, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def cache_block(columns: int, rows: int = 512) -> tuple[int, int]:
+    """How many rows (at most `rows`), and how many groups of `columns`, a block holds that stays in the cache.
+
+    Rows are at least 32 where there are so many, since a product of fewer reads its other side too often.
+    """
+    rows = max(1, min(rows, max(32, CACHE_ELEMENTS // columns)))
+    return rows, max(1, CACHE_ELEMENTS // (rows * columns))
 
 
 @dataclass
