@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlmkernels.data import tokenizer_for
 from vlmkernels.models import CLIP
+from vlmkernels.ops.flat_index import FlatIndex
 from vlmkernels.ops.topk import topk_similarity, zero_shot
 from vlmkernels.train.evaluation import Encoder
 
@@ -26,6 +27,8 @@ BLOCK_ELEMENTS = 2**22
 #: Elements of a block that several passes go over: 4 MiB of float32, which the last cache keeps.
 CACHE_ELEMENTS = 2**20
 DEFAULT_SCALE = 100.0
+#: Queries times rows over their sum from which codes save more products than it takes to make them.
+_WORTH_CODES = 1000
 
 
 @runtime_checkable
@@ -168,6 +171,22 @@ def row_blocks(rows: int, width: int, elements: int = BLOCK_ELEMENTS) -> Iterato
     step = max(1, elements // max(width, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def nearest_rows(queries: Tensor, bank: Tensor, metric: str = "dot") -> tuple[Tensor, Tensor]:
+    """The best row of a bank for every query: scores and int64 indices, both [N], exactly as `vk.topk_similarity`.
+
+    Where there are many of both, the bank is searched by int8 codes: a `FlatIndex` made for this one call scores only
+    what the codes leave open, which is worth its making.
+    """
+    n, m = len(queries), len(bank)
+    if queries.dtype == bank.dtype == torch.float32 and n * m > _WORTH_CODES * (n + m):
+        index = FlatIndex(bank.shape[1], metric=metric, storage="int8", device=bank.device)
+        index.add(bank.detach())
+        scores, rows = index.search(queries.detach(), 1)
+    else:
+        scores, rows = topk_similarity(queries, bank, 1, metric=metric)
+    return scores[:, 0], rows[:, 0]
 
 
 def cache_block(columns: int, rows: int = 512) -> tuple[int, int]:
