@@ -28,7 +28,7 @@ BLOCK_ELEMENTS = 2**22
 CACHE_ELEMENTS = 2**20
 DEFAULT_SCALE = 100.0
 #: Queries times rows over their sum from which codes save more products than it takes to make them.
-_WORTH_CODES = 1000
+_WORTH_CODES = 800
 
 
 @runtime_checkable

@@ -192,29 +192,31 @@ class TreeMetric:
         """
         nodes = self._ancestors[observed].unique().long()
         nodes = nodes[nodes >= 0]
-        place = torch.full((self.size,), -1)
-        place[nodes] = torch.arange(len(nodes))
-        depth, above = self.depth[nodes], place[self._parents[nodes]]
-        levels = [(depth == d).nonzero()[:, 0] for d in range(int(depth.max()) + 1)]
+        levels = [(self.depth[nodes] == d).nonzero()[:, 0] for d in range(int(self.depth[nodes].max()) + 1)]
+        place = torch.empty(self.size, dtype=torch.int64)  # of a node within its level
+        for level in levels:
+            place[nodes[level]] = torch.arange(len(level))
+        above = [place[self._parents[nodes[level]]] for level in levels]  # of the root: not used
+        seen = [(self.depth[observed] == d).nonzero()[:, 0] for d in range(len(levels))]
         squares = self.depth[observed].double().square()
         out = torch.empty(len(nodes), len(probabilities), dtype=torch.float64)
         for block in row_blocks(len(probabilities), len(nodes), CACHE_ELEMENTS // 4):
             p = probabilities[block].T.contiguous().double()
-            mass = p.new_zeros(len(nodes), p.shape[1]).index_add_(0, place[observed], p)
-            below = torch.zeros_like(mass)  # A_c(u), first without the hop from u to c
-            for level in reversed(levels[1:]):
-                below[level] += mass[level]
-                mass.index_add_(0, above[level], mass[level])
-                below.index_add_(0, above[level], below[level])
-            root = levels[0]
-            far, value = torch.empty_like(mass), torch.empty_like(mass)
-            far[root], value[root] = below[root], squares @ p
-            whole = mass[root]
-            for level in levels[1:]:
-                before = far[above[level]]
-                far[level] = before + whole - 2 * mass[level]
-                value[level] = value[above[level]] + whole + 2 * before - 4 * below[level]
-            out[:, block] = value
+            mass = [p.new_zeros(len(level), p.shape[1]) for level in levels]
+            below = [torch.zeros_like(m) for m in mass]  # A_c(u) of a node c with parent u
+            for d in range(len(levels) - 1, -1, -1):
+                mass[d].index_add_(0, place[observed[seen[d]]], p[seen[d]])
+                if d:
+                    below[d] += mass[d]
+                    mass[d - 1].index_add_(0, above[d], mass[d])
+                    below[d - 1].index_add_(0, above[d], below[d])
+            whole, far, value = mass[0], below[0], (squares @ p)[None]
+            out[levels[0], block] = value
+            for d in range(1, len(levels)):
+                before = far[above[d]]
+                value = value[above[d]].add_(whole).add_(before, alpha=2).sub_(below[d], alpha=4)
+                far = before.add_(whole).sub_(mass[d], alpha=2)
+                out[levels[d], block] = value
         return nodes, out
 
     @property
