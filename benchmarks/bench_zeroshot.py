@@ -317,7 +317,7 @@ def test_prompt_search(compare, size: str, n: int, classes: int, words: int) -> 
 def test_s3a_votes(compare, size: str, n: int, k: int, v: int) -> None:
     """The paper's 21,000 words. Bound by one product, 2 N V D, here of int8 codes that are made in the call.
 
-    1000 pictures are 105 ms of product at torch's rate, and its argmax takes 45 ms; the codes are 35 ms to make and 45 to
+    1000 pictures are 105 ms of product at torch's rate and 45 ms of argmax; the codes are 35 ms to make and 45 to
     search, so that 2x needs more pictures.
     """
     x, words, clusters = unit(n), unit(v, seed=1), torch.arange(n) % k

@@ -101,10 +101,12 @@ def encoder_of(
     raise TypeError(f"encoder_of: {type(model).__name__} needs preprocess and tokenize")
 
 
-def scale_of(encoder: Any, default: float = DEFAULT_SCALE) -> float:
-    """Returns the exponentiated `logit_scale` of an encoder's model, or `default` where it has none."""
+def scale_of(encoder: Any, given: float | None = None) -> float:
+    """Returns `given`, else the exponentiated `logit_scale` of an encoder's model, else `DEFAULT_SCALE`."""
+    if given is not None:
+        return given
     scale = getattr(getattr(encoder, "model", None), "logit_scale", None)
-    return default if scale is None else float(scale.detach().exp())
+    return DEFAULT_SCALE if scale is None else float(scale.detach().exp())
 
 
 def unit(x: Tensor) -> Tensor:
@@ -241,6 +243,13 @@ class Explanation:
     reasons: list[Reason] = field(default_factory=list)
 
 
+def joined(parts: Sequence[tuple[Tensor, Tensor]], features: Tensor, k: int) -> Prediction:
+    """Returns the prediction of blocks of features, from every block's indices and scores [n, k]."""
+    none = (torch.zeros(0, k, dtype=torch.int64), features.new_zeros(0, k))
+    indices, scores = zip(*(parts or [none]), strict=True)
+    return Prediction(torch.cat(indices), torch.cat(scores))
+
+
 def top_reasons(texts: Sequence[str], scores: Tensor, count: int) -> list[Reason]:
     """Returns the `count` best of as many texts as scores, best first."""
     best = scores.sort(descending=True, stable=True)
@@ -344,6 +353,12 @@ class Classifier(ABC):
         """
         return features_of(images, self.encoder, type(self).__name__)
 
+    def _encoder_for(self, instead: str) -> TextImageEncoder:
+        """The encoder, which is needed where the ready features `instead` are not given."""
+        if self.encoder is None:
+            raise ValueError(f"{type(self).__name__}: pass an encoder or {instead}")
+        return self.encoder
+
     def scores(self, images: Tensor) -> Tensor:
         """Returns the score of every class, [N, C]; `predict` does not keep these."""
         return self._scores(self.features(images))
@@ -370,9 +385,7 @@ class Classifier(ABC):
             # stable: equal scores in ascending class, as everywhere in the package
             best = self._scores(features[rows]).sort(dim=1, descending=True, stable=True)
             parts.append((best.indices[:, :k], best.values[:, :k]))
-        if not parts:
-            return Prediction(torch.zeros(0, k, dtype=torch.int64), features.new_zeros(0, k))
-        return Prediction(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+        return joined(parts, features, k)
 
 
 def features_of(images: Tensor, encoder: TextImageEncoder | None, owner: str) -> Tensor:
@@ -423,7 +436,7 @@ class PromptClassifier(LinearClassifier):
     ) -> None:
         super().__init__(classes, encoder)
         check_templates("PromptClassifier", templates)
-        self.logit_scale = scale_of(self.encoder) if logit_scale is None else logit_scale
+        self.logit_scale = scale_of(self.encoder, logit_scale)
         prompts = prompt_features(self.encoder, classes, templates)  # type: ignore[arg-type]
         self.head = LinearHead(self.logit_scale * class_vectors(prompts))
 

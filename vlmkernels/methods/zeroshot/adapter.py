@@ -278,7 +278,7 @@ class SupportAdapter(Classifier):
         self.caption_keys = None if caption_keys is None else caption_keys[order]
         self.text_weights, self.temperature = text_weights, temperature
         self.alpha, self.beta, self.gamma, self.delta = alpha, beta, gamma, delta
-        self.logit_scale = scale_of(encoder) if logit_scale is None else logit_scale
+        self.logit_scale = scale_of(encoder, logit_scale)
         self.kl_range: tuple[float, float, float, float] | None = None
         log_p = self._against_uniform(self.image_keys)[1]
         self._counts = torch.bincount(self.support_labels, minlength=len(self.classes))

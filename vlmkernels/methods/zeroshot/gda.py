@@ -338,12 +338,10 @@ class GDA(LinearClassifier):
         super().__init__(classes, encoder)
         check_choice("GDA", "shrinkage", shrinkage, _SHRINKAGES)
         if text is None:
-            if self.encoder is None:
-                raise ValueError("GDA: pass an encoder or text")
-            text = class_vectors(prompt_features(self.encoder, classes, templates))
+            text = class_vectors(prompt_features(self._encoder_for("text"), classes, templates))
         self.text = check_features("GDA", "text", text)
         self.shrinkage, self.alpha = shrinkage, alpha
-        self.logit_scale = scale_of(self.encoder) if logit_scale is None else logit_scale
+        self.logit_scale = scale_of(self.encoder, logit_scale)
         self.weight = torch.zeros_like(text, dtype=torch.float64)
         self.bias = torch.zeros(len(text), dtype=torch.float64)
         self._fold()

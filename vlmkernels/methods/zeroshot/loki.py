@@ -36,6 +36,7 @@ from vlmkernels.methods.zeroshot._classifier import (
     Classifier,
     Prediction,
     check_features,
+    joined,
     row_blocks,
     unit,
 )
@@ -505,7 +506,6 @@ class Loki(Classifier):
         parts = []
         for rows in row_blocks(len(features), len(self.observed), BLOCK_ELEMENTS):
             p = self.probabilities(features[rows])
-            parts.append(frechet_predict(p, self.metric, self.observed, candidates=self.candidates, k=k))
-        if not parts:
-            return Prediction(torch.zeros(0, k, dtype=torch.int64), features.new_zeros(0, k))
-        return Prediction(torch.cat([p[0] for p in parts]), -torch.cat([p[1] for p in parts]))
+            labels, variance = frechet_predict(p, self.metric, self.observed, candidates=self.candidates, k=k)
+            parts.append((labels, -variance))
+        return joined(parts, features, k)

@@ -177,10 +177,8 @@ class PerceptionCLIP(Classifier):
         values = composite_values(factors)
         self.values = [name for name, _ in values]
         self.temperature, self.infer = temperature, infer
-        self.logit_scale = scale_of(self.encoder) if logit_scale is None else logit_scale
+        self.logit_scale = scale_of(self.encoder, logit_scale)
         if text is None:
-            if self.encoder is None:
-                raise ValueError("PerceptionCLIP: pass an encoder or text")
             text = torch.stack([self._encode(main, name, values) for name in classes])
             if infer == "without_y":
                 context_text = self._encode(main, generic, values)
@@ -197,7 +195,7 @@ class PerceptionCLIP(Classifier):
         """Unit rows [Z, D]: the mean of every value's phrases."""
         start = main.replace("{}", name)
         prompts = [f"{start}, {p}." if p else f"{start}." for _, phrases in values for p in phrases]
-        parts = self.encoder.texts(prompts).split([len(phrases) for _, phrases in values])  # type: ignore[union-attr]
+        parts = self._encoder_for("text").texts(prompts).split([len(phrases) for _, phrases in values])
         return unit(torch.stack([p.mean(0) for p in parts]))
 
     def infer_context(self, images: Tensor) -> Tensor:

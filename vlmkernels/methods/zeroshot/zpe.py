@@ -240,14 +240,12 @@ class ZPE(LinearClassifier):
         if per_example and select_threshold is not None:
             raise ValueError("ZPE: select_threshold works on the scores of a data set, not per example")
         if text is None:
-            if self.encoder is None:
-                raise ValueError("ZPE: pass an encoder or text")
-            text = prompt_features(self.encoder, classes, templates).transpose(0, 1)
+            text = prompt_features(self._encoder_for("text"), classes, templates).transpose(0, 1)
         self.text = text
         self.templates = list(templates)
         self.debias, self.weighting, self.per_example = debias, weighting, per_example
         self.select_threshold, self.test_fraction = select_threshold, test_fraction
-        self.logit_scale = scale_of(self.encoder) if logit_scale is None else logit_scale
+        self.logit_scale = scale_of(self.encoder, logit_scale)
         self.generic_text = None
         if generic_classes is not None and self.encoder is not None:
             self.generic_text = prompt_features(self.encoder, generic_classes, templates).transpose(0, 1)
