@@ -64,16 +64,16 @@ def _offset(
         return zero
     test = images[: max(1, round(test_fraction * len(images)))].mean(0)
     if debias == "test":
-        return logit_scale * text @ test
+        return text @ (logit_scale * test)
     if pretrain is None or not len(pretrain):
         raise ValueError(f"zpe_scores: debias {debias!r} needs pretraining-like images")
     before = pretrain.mean(0)
     if debias == "pretrain":
-        return logit_scale * text @ before
+        return text @ (logit_scale * before)
     if debias == "pretrain_star":
         generic = text if generic_text is None else generic_text
-        return (logit_scale * generic @ before).mean(1, keepdim=True).expand_as(zero)
-    return 0.5 * logit_scale * text @ (test + before)
+        return (generic @ (logit_scale * before)).mean(1, keepdim=True).expand_as(zero)
+    return text @ (0.5 * logit_scale * (test + before))
 
 
 @torch.no_grad()
