@@ -226,6 +226,20 @@ def pairs(benchmark) -> Callable[..., dict[str, float]]:
     return measure
 
 
+@pytest.fixture
+def memory() -> Callable[..., dict[str, float]]:
+    """`memory(ours, peer)`: what a call of each adds to the resident memory, in MiB; empty where that is unknown."""
+
+    def measure(ours: Callable[[], Any], peer: Callable[[], Any]) -> dict[str, float]:
+        found = {
+            "extra_mib": measures.extra_mebibytes(ours),
+            "peer_extra_mib": measures.extra_mebibytes(peer),
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+    return measure
+
+
 @pytest.fixture(scope="session")
 def peak(threads: int) -> Callable[[str], float]:
     """`peak(kind)`: probes the peak and returns the best of this run, in GFLOP/s.

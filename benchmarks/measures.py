@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,3 +56,29 @@ def versus(ours: Sequence[float], peer: Sequence[float], unit: str) -> dict[str,
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """Relative distance of two results, as vectors. Timing two programs that compute different things says nothing."""
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def extra_mebibytes(call: Callable[[], Any]) -> float | None:
+    """What a call adds to the resident memory at its highest, in MiB; None where the system cannot reset its peak.
+
+    Outputs count, inputs do not. Free memory goes back to the system first, else the call could hide in it.
+    """
+    if sys.platform != "linux":
+        return None
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    try:
+        with open("/proc/self/clear_refs", "w") as reset:
+            reset.write("5")
+    except OSError:
+        return None
+    before = _kibibytes("VmRSS")
+    call()
+    return (_kibibytes("VmHWM") - before) / 1024
+
+
+def _kibibytes(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field))

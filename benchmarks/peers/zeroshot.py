@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,7 +67,10 @@ def gda_new(text: Tensor, x: Tensor, k: int, copies: int) -> Tensor:
 
 
 def mutual_scores(z: Tensor, top: float) -> Tensor:
-    """MuSc: distances of every pair of pictures' patches."""
+    """MuSc: distances of every pair of pictures' patches.
+
+    The released code also has a form with all other pictures at once: L times (N - 1) L distances, and slower here.
+    """
     n = len(z)
     nearest = torch.stack([torch.stack([torch.cdist(a, b).amin(1) for b in z], 1) for a in z])  # [N, L, N]
     nearest[torch.arange(n), :, torch.arange(n)] = torch.inf
@@ -95,10 +100,42 @@ def column_errors(scores: Tensor, labels: Tensor, c: int, features: Tensor, cand
 
 
 def votes(x: Tensor, vocabulary: Tensor, clusters: Tensor, k: int) -> Tensor:
-    """S3A: all similarities to the vocabulary, one-hot answers, a product with one-hot clusters."""
-    answers = F.one_hot((x @ vocabulary.T).argmax(1), len(vocabulary)).to(x.dtype)
-    counts = F.one_hot(clusters, k).to(x.dtype).T @ answers
+    """S3A: all similarities to the vocabulary, their argmax, counts by cluster and word."""
+    answers = (x @ vocabulary.T).argmax(1)
+    counts = x.new_zeros(k, len(vocabulary))
+    counts.index_put_((clusters, answers), x.new_ones(()), accumulate=True)
     return counts / counts.sum(1, keepdim=True)
+
+
+def blurred_outside(picture: Tensor, masks: Tensor, radius: float) -> list[Tensor]:
+    """FGVP's best mark as its released code draws it: Pillow blurs the picture for every candidate, and pastes."""
+    from PIL import Image, ImageFilter
+
+    sharp = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    out = []
+    for mask in masks:
+        copy = sharp.filter(ImageFilter.GaussianBlur(radius))
+        copy.paste(sharp, mask=Image.fromarray(mask.numpy()))
+        out.append(torch.from_numpy(np.array(copy)).permute(2, 0, 1))
+    return out
+
+
+def answers_by_trial(encoder: Any, trials: Sequence[Any], values: Sequence[str], template: str) -> list[str]:
+    """CAB: every trial's picture, and the sentences of the object it asks for (encoded once an object)."""
+    texts: dict[str, Tensor] = {}
+    pictures = torch.cat(
+        [
+            encoder.images(torch.stack([t.picture for t in trials[i : i + 256]]))
+            for i in range(0, len(trials), 256)
+        ]
+    )
+    answers = []
+    for row, trial in zip(pictures, trials, strict=True):
+        if trial.asked not in texts:
+            sentences = [template.format(object=trial.asked, value=v) for v in values]
+            texts[trial.asked] = encoder.texts(sentences)
+        answers.append(values[int((row @ texts[trial.asked].T).argmax())])
+    return answers
 
 
 def second_step(

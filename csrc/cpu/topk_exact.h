@@ -192,18 +192,33 @@ inline float rotation_sign(uint32_t i, uint32_t pass) {
   return (h & 1u) ? -1.0f : 1.0f;
 }
 
+// The rounds within a register: lane i takes lane i ^ d, plus itself where bit d of i is 0, minus itself where it is 1.
+template <int... I>
+inline VecF hadamard_lanes(VecF v, std::integer_sequence<int, I...> lanes) {
+#pragma GCC unroll 4
+  for (int d = 1; d < kLanes; d *= 2) {
+    const VecF sign = {(I & d ? -1.0f : 1.0f)...};
+    v = swap_halves(v, d, lanes) + v * sign;
+  }
+  return v;
+}
+
 inline void hadamard(float* x, int64_t n) {
-  for (int64_t h = 1; h < n; h *= 2) {
-    if (h < kLanes) {
-      for (int64_t i = 0; i < n; i += 2 * h) {
+  int64_t h = 1;
+  if (n >= kLanes) {
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(x + i, hadamard_lanes(load(x + i), std::make_integer_sequence<int, kLanes>{}));
+    h = kLanes;
+  }
+  for (; h < n; h *= 2) {
+    for (int64_t i = 0; i < n; i += 2 * h) {
+      if (h < kLanes) {
         for (int64_t j = i; j < i + h; ++j) {
           const float a = x[j], b = x[j + h];
           x[j] = a + b;
           x[j + h] = a - b;
         }
-      }
-    } else {
-      for (int64_t i = 0; i < n; i += 2 * h) {
+      } else {
         for (int64_t j = i; j < i + h; j += kLanes) {
           const VecF a = load(x + j), b = load(x + j + h);
           store(x + j, a + b);

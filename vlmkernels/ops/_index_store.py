@@ -42,7 +42,7 @@ VERSION = "1"
 
 _SMALLEST_SEGMENT = 1024
 # Rows that the centre is found from; norms that count; how much shorter a typical row must get about it.
-_CENTRE_SAMPLE = 16384
+_CENTRE_SAMPLE = 4096
 _SMALLEST_NORM, _LARGEST_NORM = 1e-15, 1e15
 _WORTH_CENTRING = 0.95
 # Elements encoded or written at once.

@@ -82,9 +82,19 @@ def test_blocks_and_batches_change_nothing(made, monkeypatch) -> None:
     blocks, sizes = module.row_blocks, []
     monkeypatch.setattr(module, "row_blocks", lambda rows, width: blocks(rows, width, 4 * M))
     votes = SupportAdapter._votes
-    monkeypatch.setattr(SupportAdapter, "_votes", lambda self, a: sizes.append(len(a)) or votes(self, a))
+    monkeypatch.setattr(SupportAdapter, "_votes", lambda self, a: sizes.append(a.shape[1]) or votes(self, a))
     torch.testing.assert_close(adapter.logits(f), whole)
     assert max(sizes) == 4  # no [N, M] array
+
+
+def test_flat_distributions_keep_their_digits(unit_rows) -> None:
+    """At T = 0.5 P is nearly uniform over 200 classes: log P is -5.3, KL a hundredth; in float32 it must not cancel."""
+    w = unit_rows(200, 64, dtype=torch.float32)
+    keys, f = unit_rows(400, 64, seed=1, dtype=torch.float32), unit_rows(30, 64, seed=2, dtype=torch.float32)
+    kl = SupportAdapter(keys, torch.arange(400) % 200, w).kl(f)
+    exact = SupportAdapter(keys.double(), torch.arange(400) % 200, w.double()).kl(f.double())
+    # the terms are as small as KL: their rounding, and that of the cosines (1e-7 of 1, over T)
+    assert (kl - exact).abs().max() < 2e-5 * exact.max()
 
 
 def test_search_is_the_best_of_the_whole_grid(made) -> None:

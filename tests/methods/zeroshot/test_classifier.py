@@ -22,6 +22,7 @@ from vlmkernels.methods.zeroshot import (
 )
 from vlmkernels.methods.zeroshot._descriptions import bullets
 from vlmkernels.methods.zeroshot._metrics import assign, auroc, cluster_accuracy, group_accuracy, semantic_iou
+from vlmkernels.ops.topk import topk_similarity
 
 
 @pytest.mark.parametrize("kind", ["equal rows", "unequal rows", "bias"])
@@ -39,6 +40,19 @@ def test_head_gives_the_softmax_of_its_logits(unit_rows, kind: str) -> None:
     torch.testing.assert_close(got.lse, logits.logsumexp(1))
     torch.testing.assert_close(head.logits(x), logits)
     torch.testing.assert_close(head.top(x, 2)[0], logits.topk(2).values)
+
+
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+def test_nearest_rows_are_those_of_the_search(unit_rows, monkeypatch, metric: str) -> None:
+    import vlmkernels.methods.zeroshot._classifier as module
+
+    queries, bank = (unit_rows(n, 40, seed=n, dtype=torch.float32) for n in (70, 90))
+    bank[7] = bank[3]  # the smaller index wins
+    expected = topk_similarity(queries, bank, 1, metric=metric)
+    for worth in (0, 10**9):  # by codes, and by the vectors
+        monkeypatch.setattr(module, "_WORTH_CODES", worth)
+        scores, rows = module.nearest_rows(queries, bank, metric)
+        assert torch.equal(scores, expected[0][:, 0]) and torch.equal(rows, expected[1][:, 0])
 
 
 def test_head_of_zeros_is_uniform(unit_rows) -> None:

@@ -42,6 +42,26 @@ def test_classifier_is_the_closed_form(blobs) -> None:
     torch.testing.assert_close(precision_matrix(sigma, n), pseudo)
 
 
+@pytest.mark.parametrize("classes", [7, 300])
+def test_float32_features_err_as_rounding_them_does(classes: int) -> None:
+    """150 dimensions are two strips of the scatter; fewer and more classes than dimensions are solved differently."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(1200) % classes
+    x = torch.randn(classes, 150, generator=generator)[y] + torch.randn(1200, 150, generator=generator)
+    x = torch.nn.functional.normalize(x, dim=1)
+    for covariance in ("pooled", "class_mean"):
+        weight, bias = fit_gda(x, y, classes, covariance=covariance)
+        exact, exact_bias = fit_gda(x.double(), y, classes, covariance=covariance)
+        assert weight.dtype == bias.dtype == torch.float64
+        # sums of 1200 products, each off by 6e-8, and a ridge that keeps the condition number below N
+        assert (weight - exact).norm() < 1e-5 * exact.norm()
+        assert (bias - exact_bias).norm() < 1e-5 * exact_bias.norm()
+    means = torch.stack([x[y == k].double().mean(0) for k in range(classes)])
+    c = x.double() - means[y]
+    sigma = c.T @ c / (len(x) - 1)
+    torch.testing.assert_close(fit_gda(x.double(), y, classes)[0], means @ precision_matrix(sigma, len(x)))
+
+
 def test_priors_enter_through_the_bias_alone(blobs) -> None:
     x, y = blobs
     prior = torch.tensor([0.7, 0.1, 0.1, 0.1])

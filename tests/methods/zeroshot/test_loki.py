@@ -88,6 +88,33 @@ def test_random_trees_against_all_labels(seed: int) -> None:
     assert locus == pairs
 
 
+def test_a_tree_is_searched_as_all_labels_are() -> None:
+    """The fast way of k = 1 beside the search of D2, ties by label, unequal rows and repeated labels included."""
+    tree = random_tree(400, 5)
+    observed = torch.arange(3, 400, 13)
+    p = probabilities(70, len(observed), 2).float()
+    p[0] = 0.0
+    p[1] = 0.0
+    p[1, [0, 5, 9]] = 1.0  # whole numbers: ties
+    p[2] = 2.0
+    observed[4] = observed[7]
+    labels, variance = frechet_predict(p, tree, observed)
+    every, expected = frechet_predict(p, tree.squared(observed, torch.arange(400)))
+    assert torch.equal(labels, every)
+    torch.testing.assert_close(variance, expected)
+    assert labels[0] == 0
+
+
+def test_an_index_of_embeddings_finds_the_same(unit_rows) -> None:
+    e, p = unit_rows(500, 24, dtype=torch.float32), probabilities(200, 60).float()
+    metric = EmbeddingMetric(e)
+    labels, variance = frechet_predict(p, metric, k=3)  # 200 images: by the index
+    assert "index" in metric.__dict__
+    parts = [frechet_predict(part, metric, k=3, candidates=torch.arange(500)) for part in p.split(20)]
+    assert torch.equal(labels, torch.cat([a for a, _ in parts]))
+    assert torch.equal(variance, torch.cat([b for _, b in parts]))
+
+
 def test_leaves_cover_a_tree_and_selection_grows_the_locus() -> None:
     tree = random_tree(80, 4)
     assert is_locus_cover(tree, tree.leaves)

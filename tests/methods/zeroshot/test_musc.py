@@ -43,6 +43,24 @@ def test_equal_pictures_are_perfectly_normal(unit_rows) -> None:
     assert (mutual_score(z) == 0).all()
 
 
+def test_close_matches_do_not_cancel(unit_rows) -> None:
+    """Distances of 1e-4: in float32 2 - 2 cos of them is rounding; blank patches (zero rows) match each other."""
+    z = unit_rows(1, 30, 64).repeat(4, 1, 1)
+    z = z + 1e-5 * torch.randn(z.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z[:, :2] = 0
+    z = z.float()
+    expected = torch.stack(
+        [
+            torch.stack([torch.cdist(a.double(), b.double()).amin(1) for j, b in enumerate(z) if j != i], 1)
+            .topk(2, dim=1, largest=False)
+            .values.mean(1)
+            for i, a in enumerate(z)
+        ]
+    )
+    torch.testing.assert_close(mutual_score(z, 0.7), expected.float(), rtol=1e-5, atol=0)
+    assert (mutual_score(z, 0.7)[:, :2] == 0).all()
+
+
 def test_order_of_pictures_does_not_matter(unit_rows) -> None:
     layers, features = [torch.randn(7, 16, 6), torch.randn(7, 16, 4)], unit_rows(7, 5, dtype=torch.float32)
     order = torch.randperm(7)

@@ -100,18 +100,18 @@ def test_composite_values_are_the_product() -> None:
 
 
 def test_blocks_never_hold_all_values(unit_rows, monkeypatch) -> None:
-    """N x C x Z would be 64 times the largest block that is made."""
+    """N x C x Z would be 16 times the largest block that is made; blocks of images and of values change nothing."""
     import vlmkernels.methods.zeroshot.perception as module
 
-    blocks = module.row_blocks
-    monkeypatch.setattr(module, "row_blocks", lambda rows, width: blocks(rows, width, 5 * C))
+    text, x = unit_rows(C, Z, D), unit_rows(80, D, seed=3)
+    got = PerceptionCLIP(None, list("abcde"), FACTOR, logit_scale=SCALE, text=text, temperature=3.0)
+    whole = got.predict_proba(x)
     sizes = []
-    softmax = Tensor.softmax
-    text = unit_rows(C, Z, D)
-    got = PerceptionCLIP(None, list("abcde"), FACTOR, logit_scale=SCALE, text=text)
-    monkeypatch.setattr(Tensor, "softmax", lambda self, *a: sizes.append(self.numel()) or softmax(self, *a))
-    got.predict_proba(unit_rows(80, D, seed=3))
-    assert max(sizes) == 5 * C
+    mm = torch.mm
+    monkeypatch.setattr(module, "cache_block", lambda columns: (7, 2))
+    monkeypatch.setattr(torch, "mm", lambda *a, out: sizes.append(out.numel()) or mm(*a, out=out))
+    torch.testing.assert_close(got.predict_proba(x), whole)
+    assert max(sizes) == 2 * 7 * C and 16 * max(sizes) <= 80 * C * Z
 
 
 def test_bad_input(unit_rows) -> None:

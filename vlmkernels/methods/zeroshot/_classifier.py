@@ -18,12 +18,17 @@ from torch import Tensor
 
 from vlmkernels.data import tokenizer_for
 from vlmkernels.models import CLIP
+from vlmkernels.ops.flat_index import FlatIndex
 from vlmkernels.ops.topk import topk_similarity, zero_shot
 from vlmkernels.train.evaluation import Encoder
 
 #: Elements of the largest temporary of a method that works in blocks of rows: 16 MiB of float32.
 BLOCK_ELEMENTS = 2**22
+#: Elements of a block that several passes go over: 4 MiB of float32, which the last cache keeps.
+CACHE_ELEMENTS = 2**20
 DEFAULT_SCALE = 100.0
+#: Queries times rows over their sum from which codes save more products than it takes to make them.
+_WORTH_CODES = 800
 
 
 @runtime_checkable
@@ -96,10 +101,12 @@ def encoder_of(
     raise TypeError(f"encoder_of: {type(model).__name__} needs preprocess and tokenize")
 
 
-def scale_of(encoder: Any, default: float = DEFAULT_SCALE) -> float:
-    """Returns the exponentiated `logit_scale` of an encoder's model, or `default` where it has none."""
+def scale_of(encoder: Any, given: float | None = None) -> float:
+    """Returns `given`, else the exponentiated `logit_scale` of an encoder's model, else `DEFAULT_SCALE`."""
+    if given is not None:
+        return given
     scale = getattr(getattr(encoder, "model", None), "logit_scale", None)
-    return default if scale is None else float(scale.detach().exp())
+    return DEFAULT_SCALE if scale is None else float(scale.detach().exp())
 
 
 def unit(x: Tensor) -> Tensor:
@@ -168,6 +175,31 @@ def row_blocks(rows: int, width: int, elements: int = BLOCK_ELEMENTS) -> Iterato
         yield slice(start, min(start + step, rows))
 
 
+def nearest_rows(queries: Tensor, bank: Tensor, metric: str = "dot") -> tuple[Tensor, Tensor]:
+    """The best row of a bank for every query: scores and int64 indices, both [N], exactly as `vk.topk_similarity`.
+
+    Where there are many of both, the bank is searched by int8 codes: a `FlatIndex` made for this one call scores only
+    what the codes leave open, which is worth its making.
+    """
+    n, m = len(queries), len(bank)
+    if queries.dtype == bank.dtype == torch.float32 and n * m > _WORTH_CODES * (n + m):
+        index = FlatIndex(bank.shape[1], metric=metric, storage="int8", device=bank.device)
+        index.add(bank.detach())
+        scores, rows = index.search(queries.detach(), 1)
+    else:
+        scores, rows = topk_similarity(queries, bank, 1, metric=metric)
+    return scores[:, 0], rows[:, 0]
+
+
+def cache_block(columns: int, rows: int = 512) -> tuple[int, int]:
+    """How many rows (at most `rows`), and how many groups of `columns`, a block holds that stays in the cache.
+
+    Rows are at least 32 where there are so many, since a product of fewer reads its other side too often.
+    """
+    rows = max(1, min(rows, max(32, CACHE_ELEMENTS // columns)))
+    return rows, max(1, CACHE_ELEMENTS // (rows * columns))
+
+
 @dataclass
 class Prediction:
     """The k best classes of every image, best first.
@@ -209,6 +241,13 @@ class Explanation:
     label: str
     score: float
     reasons: list[Reason] = field(default_factory=list)
+
+
+def joined(parts: Sequence[tuple[Tensor, Tensor]], features: Tensor, k: int) -> Prediction:
+    """Returns the prediction of blocks of features, from every block's indices and scores [n, k]."""
+    none = (torch.zeros(0, k, dtype=torch.int64), features.new_zeros(0, k))
+    indices, scores = zip(*(parts or [none]), strict=True)
+    return Prediction(torch.cat(indices), torch.cat(scores))
 
 
 def top_reasons(texts: Sequence[str], scores: Tensor, count: int) -> list[Reason]:
@@ -314,6 +353,12 @@ class Classifier(ABC):
         """
         return features_of(images, self.encoder, type(self).__name__)
 
+    def _encoder_for(self, instead: str) -> TextImageEncoder:
+        """The encoder, which is needed where the ready features `instead` are not given."""
+        if self.encoder is None:
+            raise ValueError(f"{type(self).__name__}: pass an encoder or {instead}")
+        return self.encoder
+
     def scores(self, images: Tensor) -> Tensor:
         """Returns the score of every class, [N, C]; `predict` does not keep these."""
         return self._scores(self.features(images))
@@ -340,9 +385,7 @@ class Classifier(ABC):
             # stable: equal scores in ascending class, as everywhere in the package
             best = self._scores(features[rows]).sort(dim=1, descending=True, stable=True)
             parts.append((best.indices[:, :k], best.values[:, :k]))
-        if not parts:
-            return Prediction(torch.zeros(0, k, dtype=torch.int64), features.new_zeros(0, k))
-        return Prediction(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+        return joined(parts, features, k)
 
 
 def features_of(images: Tensor, encoder: TextImageEncoder | None, owner: str) -> Tensor:
@@ -393,7 +436,7 @@ class PromptClassifier(LinearClassifier):
     ) -> None:
         super().__init__(classes, encoder)
         check_templates("PromptClassifier", templates)
-        self.logit_scale = scale_of(self.encoder) if logit_scale is None else logit_scale
+        self.logit_scale = scale_of(self.encoder, logit_scale)
         prompts = prompt_features(self.encoder, classes, templates)  # type: ignore[arg-type]
         self.head = LinearHead(self.logit_scale * class_vectors(prompts))
 

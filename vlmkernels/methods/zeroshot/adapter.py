@@ -22,6 +22,7 @@ The ranges of A and KL are fixed once (`fit_range`) so that results do not depen
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -277,12 +278,12 @@ class SupportAdapter(Classifier):
         self.caption_keys = None if caption_keys is None else caption_keys[order]
         self.text_weights, self.temperature = text_weights, temperature
         self.alpha, self.beta, self.gamma, self.delta = alpha, beta, gamma, delta
-        self.logit_scale = scale_of(encoder) if logit_scale is None else logit_scale
+        self.logit_scale = scale_of(encoder, logit_scale)
         self.kl_range: tuple[float, float, float, float] | None = None
-        log_p = (self.image_keys @ text_weights.T / temperature).log_softmax(1)
+        log_p = self._against_uniform(self.image_keys)[1]
         self._counts = torch.bincount(self.support_labels, minlength=len(self.classes))
         self._log_p = log_p
-        # log P_i added up per class: [C, C]
+        # log(C P_i) added up per class: [C, C]
         self._log_sums = log_p.new_zeros(len(self.classes), len(self.classes)).index_add_(
             0, self.support_labels, log_p
         )
@@ -301,24 +302,33 @@ class SupportAdapter(Classifier):
             raise ValueError("SupportAdapter: delta > 0 needs caption_keys")
         return (1 - delta) * self.image_keys + delta * self.caption_keys
 
+    def _against_uniform(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """P = softmax(f W' / T) and log(C P), both [N, C].
+
+        KL(P_x || P_i) = sum P_x log(C P_x) - P_x . log(C P_i) for any factor C, since P_x sums to 1; with this one both
+        terms are as small as the KL itself, which at T = 0.5 is a thousandth of log P.
+        """
+        relative = (features @ self.text_weights.T / self.temperature).log_softmax(1)
+        relative += math.log(len(self.classes))
+        return relative.exp().div_(len(self.classes)), relative
+
     def _votes(self, affinity: Tensor) -> Tensor:
-        """`affinity @ Q` for sorted labels: adds the columns of every class, [n, C]."""
-        out = affinity.new_zeros(len(affinity), len(self.classes))
-        return out.index_add_(1, self.support_labels, affinity)
+        """`A @ Q` of affinities [M, n], a column per image: the rows of every class are added up, [n, C]."""
+        out = affinity.new_zeros(len(self.classes), affinity.shape[1])
+        return out.index_add_(0, self.support_labels, affinity).T
 
     def cache(self, features: Tensor, beta: float, delta: float) -> Tensor:
         """Returns `exp(-beta (1 - A)) Q`, [N, C], in blocks."""
         keys = self.keys(delta)
         parts = []
         for rows in row_blocks(len(features), len(keys)):
-            affinity = features[rows] @ keys.T
+            affinity = keys @ features[rows].T
             parts.append(self._votes(affinity.sub_(1).mul_(beta).exp_()))
         return torch.cat(parts) if parts else features.new_zeros(0, len(self.classes))
 
     def kl(self, features: Tensor) -> Tensor:
         """Returns KL(test || support), [N, M]: the matrix that nothing here needs whole."""
-        log_x = (features @ self.text_weights.T / self.temperature).log_softmax(1)
-        p = log_x.exp()
+        p, log_x = self._against_uniform(features)
         return (p * log_x).sum(1, keepdim=True) - p @ self._log_p.T
 
     def fit_range(self, features: Tensor, delta: float | None = None) -> tuple[float, float, float, float]:
@@ -338,13 +348,12 @@ class SupportAdapter(Classifier):
     def _kl_votes(self, features: Tensor, limits: tuple[float, float, float, float]) -> Tensor:
         """`(-B) Q`, [N, C], with B = slope KL + shift and the KL of a class added up at once.
 
-        sum_{i in c} KL_i = n_c sum P_x log P_x - P_x . (sum_{i in c} log P_i)
+        sum_{i in c} KL_i = n_c sum P_x log(C P_x) - P_x . (sum_{i in c} log(C P_i))
         """
         low, high, least, most = limits
         slope = (most - least) / (high - low) if high > low else 0.0
         shift = least - slope * low
-        log_x = (features @ self.text_weights.T / self.temperature).log_softmax(1)
-        p = log_x.exp()
+        p, log_x = self._against_uniform(features)
         counts = self._counts.to(p.dtype)
         added = (p * log_x).sum(1, keepdim=True) * counts - p @ self._log_sums.T
         return -(slope * added + shift * counts)

@@ -279,25 +279,27 @@ def _answers(
     score: ScoreFunction, trials: Sequence[Trial], values: Sequence[str], template: str, batch_size: int
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Per trial the answer, and the probability of the true and of the other value when ties are drawn."""
-    objects = list(dict.fromkeys(t.asked for t in trials))
+    objects = {name: i for i, name in enumerate(dict.fromkeys(t.asked for t in trials))}
+    numbers = {value: i for i, value in enumerate(values)}
     texts = [template.format(object=o, value=v) for o in objects for v in values]
-    true, swap, answers = [], [], []
+    rows = []
     for start in range(0, len(trials), batch_size):
         part = trials[start : start + batch_size]
         # the trials of one picture share it; the texts of the asked object are gathered from all of them
         distinct = {id(t.picture): t.picture for t in part}
         position = {key: i for i, key in enumerate(distinct)}
-        every = score(torch.stack(list(distinct.values())), texts).view(
-            len(distinct), len(objects), len(values)
-        )
-        for t in part:
-            row = every[position[id(t.picture)], objects.index(t.asked)]
-            best = row == row.max()
-            share = best.double() / best.sum()
-            true.append(float(share[values.index(t.true)]))
-            swap.append(0.0 if t.other is None else float(share[values.index(t.other)]))
-            answers.append(values[int(row.argmax())])
-    return torch.tensor(true, dtype=torch.float64), torch.tensor(swap, dtype=torch.float64), answers
+        every = score(torch.stack(list(distinct.values())), texts)
+        every = every.view(len(distinct), len(objects), len(values))
+        rows.append(every[[position[id(t.picture)] for t in part], [objects[t.asked] for t in part]])
+    if not rows:
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), []
+    found = torch.cat(rows)
+    best = found == found.amax(1, keepdim=True)
+    share = best.double() / best.sum(1, keepdim=True)
+    true = share.gather(1, torch.tensor([[numbers[t.true]] for t in trials]))[:, 0]
+    others = torch.tensor([[-1 if t.other is None else numbers[t.other]] for t in trials])
+    swap = torch.where(others >= 0, share.gather(1, others.clamp(min=0)), 0.0)[:, 0]
+    return true, swap, [values[i] for i in found.argmax(1).tolist()]
 
 
 def encoder_scores(model: Any) -> ScoreFunction:

@@ -167,7 +167,7 @@ class CaSED:
             raise ValueError(f"CaSED: k must lie between 1 and {len(self.bank.index)}, got {k}")
         self.k, self.alpha, self.tau, self.dedup = k, alpha, tau, dedup
         self.template, self.centroid, self.tagger = template, centroid, tagger
-        self.logit_scale = scale_of(self.encoder) if logit_scale is None else logit_scale
+        self.logit_scale = scale_of(self.encoder, logit_scale)
         self._rows: dict[str, int] = {}
         self._vectors = torch.zeros(0)
 

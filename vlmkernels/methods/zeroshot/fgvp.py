@@ -79,11 +79,9 @@ def gaussian_blur(picture: Tensor, radius: float) -> Tensor:
 def _blur_along(x: Tensor, axis: int, radius: float) -> Tensor:
     """A product with the matrix of the blur: its border columns take what the kernel would find beyond them."""
     n = x.shape[axis]
-    # the Gaussian integrated over each pixel; beyond the border the rest of the tail
-    edges = (torch.arange(n + 1, dtype=torch.float64) - 0.5)[None] - torch.arange(n, dtype=torch.float64)[
-        :, None
-    ]
-    below = torch.special.ndtr(edges / radius)
+    # the Gaussian integrated over each pixel, by distance; beyond the border the rest of the tail
+    edges = torch.arange(2 * n, dtype=torch.float64) - (n - 0.5)
+    below = torch.special.ndtr(edges / radius).unfold(0, n + 1, 1).flip(0)
     below[:, 0], below[:, -1] = 0.0, 1.0
     weights = below.diff(dim=1).to(x.dtype)
     return torch.einsum("ij,cjk->cik" if axis == 1 else "ij,ckj->cki", weights, x)
@@ -167,7 +165,8 @@ def mark(
     if "reverse" in kind:
         effect, _, shape = kind.split("_")
         outside = gaussian_blur(picture, blur_radius) if effect == "blur" else grey(picture)
-        return [torch.where(shapes[shape](i), picture, outside) for i in range(len(boxes))]
+        sharp = masks > 0 if shape == "mask" else torch.stack([shapes[shape](i) for i in range(len(boxes))])
+        return list(torch.where(sharp[:, None], picture, outside))
     out = []
     for i in range(len(boxes)):
         if kind == "box_line":

@@ -19,7 +19,7 @@ keywords. Every caption is encoded once. The truth outside of S cannot be recove
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,13 +156,17 @@ class FuDD(Classifier):
         order = torch.randperm(len(pool), generator=draws)[: len(differential)].tolist()
         return [pool[p] for p in order] or [self._templates[i]]
 
-    def _encode(self, texts: Sequence[str]) -> Tensor:
-        """Unit rows of texts; each text goes through the model once in the life of this classifier."""
+    def _learn(self, texts: Iterable[str]) -> None:
+        """Encodes what is new; each text goes through the model once in the life of this classifier."""
         new = [t for t in dict.fromkeys(texts) if t not in self._rows]
         if new:
             rows = self.encoder.texts(new)  # type: ignore[union-attr]
             self._rows |= {t: len(self._rows) + i for i, t in enumerate(new)}
             self._bank = torch.cat([self._bank, rows]) if len(self._bank) else rows
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        """Unit rows of texts."""
+        self._learn(texts)
         return self._bank[[self._rows[t] for t in texts]]
 
     def _second(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +178,7 @@ class FuDD(Classifier):
         for row, members in enumerate(sets.sort(1).values.tolist()):
             by_set.setdefault(tuple(members), []).append(row)
         chosen = {members: [self._chosen(i, members) for i in members] for members in by_set}
-        self._encode([c for lists in chosen.values() for captions in lists for c in captions])
+        self._learn(c for lists in chosen.values() for captions in lists for c in captions)
         for members, rows in by_set.items():
             values = self._score(features[rows], chosen[members])
             place = torch.searchsorted(torch.tensor(members), sets[rows])
@@ -183,9 +187,12 @@ class FuDD(Classifier):
 
     def _score(self, features: Tensor, captions: Sequence[Sequence[str]]) -> Tensor:
         """Scores [n, k] of features [n, D] against the captions of the k members."""
+        if self.aggregate == "embedding":  # the mean of a class points where the sum of its captions does
+            rows = self._bank[[self._rows[t] for c in captions for t in c]]
+            owner = torch.tensor([i for i, c in enumerate(captions) for _ in c])
+            sums = rows.new_zeros(len(captions), rows.shape[1]).index_add_(0, owner, rows)
+            return features @ unit(sums).T
         texts = [self._encode(c) for c in captions]
-        if self.aggregate == "embedding":
-            return features @ unit(torch.stack([t.mean(0) for t in texts])).T
         if self.aggregate == "similarity":
             return torch.stack([(features @ t.T).mean(1) for t in texts], 1)
         longest = max(len(t) for t in texts)

@@ -11,8 +11,10 @@ W_k  = P mu_k;  b_k = log p_k - mu_k' P mu_k / 2
 logits = 100 x T' + alpha (x W' + b)
 ```
 
-alpha is tiny because W is huge. What remains after fitting is one linear layer (`LinearHead`). Fitting works in
-float64 on D x D matrices and K x D sums; no N x N, N x K or K x D x D array is made.
+alpha is tiny because W is huge. What remains after fitting is one linear layer (`LinearHead`). Means, sums and the
+factorisation are float64. The scatter's products are made in the features' own precision, some hundred rows at a time,
+which errs as much as rounding the features once more does; half of them, since it is symmetric. W solves two triangular
+systems where there are fewer classes than dimensions. No N x N, N x K or K x D x D array is made.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from vlmkernels.methods.zeroshot._classifier import (
     BLOCK_ELEMENTS,
+    CACHE_ELEMENTS,
     LinearClassifier,
     LinearHead,
     check_choice,
@@ -44,6 +47,8 @@ __all__ = ["ALPHAS", "GDA", "fit_gda", "fit_gda_em", "fit_gda_new", "gda_logits"
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 START_ALPHA = 0.1
 _SHRINKAGES = ("ks", "none")
+#: Columns of a strip of the symmetric scatter.
+_STRIP = 128
 
 
 def precision_matrix(covariance: Tensor, rows: int, shrinkage: str = "ks") -> Tensor:
@@ -54,34 +59,50 @@ def precision_matrix(covariance: Tensor, rows: int, shrinkage: str = "ks") -> Te
     check_choice("precision_matrix", "shrinkage", shrinkage, _SHRINKAGES)
     if shrinkage == "none":
         return torch.linalg.pinv(covariance, hermitian=True)
-    d, trace = len(covariance), covariance.diagonal().sum()
-    if trace <= 0:
+    factor = _ridge_factor(covariance, rows)
+    if factor is None:
         return torch.zeros_like(covariance)
+    return len(covariance) * torch.cholesky_inverse(factor)
+
+
+def _ridge_factor(covariance: Tensor, rows: int) -> Tensor | None:
+    """Cholesky factor of `(rows - 1) S + tr(S) I`; None where S is 0."""
+    trace = covariance.diagonal().sum()
+    if trace <= 0:
+        return None
     ridge = (rows - 1) * covariance
     ridge.diagonal().add_(trace)
-    return d * torch.cholesky_inverse(torch.linalg.cholesky(ridge))
+    return torch.linalg.cholesky(ridge)
 
 
 def class_means(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Returns float64 means [K, D] (0 for a class without rows) and counts [K]."""
     counts = torch.bincount(y, minlength=classes)
     total = x.new_zeros(classes, x.shape[1], dtype=torch.float64)
-    for rows in row_blocks(len(x), x.shape[1]):
+    for rows in row_blocks(len(x), x.shape[1], CACHE_ELEMENTS // 2):
         total.index_add_(0, y[rows], x[rows].double())
     return total / counts.clamp(min=1)[:, None], counts
 
 
 def _scatter(x: Tensor, y: Tensor, means: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum over rows of weight (x - mean_y)(x - mean_y)', float64 [D, D]."""
-    out = means.new_zeros(x.shape[1], x.shape[1])
-    for rows in row_blocks(len(x), x.shape[1], BLOCK_ELEMENTS // 2):
-        centred = x[rows].double() - means[y[rows]]
-        out += centred.T @ (centred if weights is None else centred * weights[rows, None])
-    return out
+    d = x.shape[1]
+    out = means.new_zeros(d, d)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    near = means.to(dtype)
+    for rows in row_blocks(len(x), d, CACHE_ELEMENTS // 2):
+        centred = x[rows].to(dtype) - near[y[rows]]
+        weighted = centred if weights is None else centred * weights[rows, None].to(dtype)
+        for first in range(0, d, _STRIP):  # from the diagonal on
+            out[first : first + _STRIP, first:] += centred[:, first : first + _STRIP].T @ weighted[:, first:]
+    return out.triu() + out.triu(1).T
 
 
 def _linear(means: Tensor, precision: Tensor, prior: Tensor | None) -> tuple[Tensor, Tensor]:
-    weight = means @ precision
+    return _with_bias(means @ precision, means, prior)
+
+
+def _with_bias(weight: Tensor, means: Tensor, prior: Tensor | None) -> tuple[Tensor, Tensor]:
     classes = len(means)
     log_prior = means.new_full((classes,), 1 / classes).log() if prior is None else prior.double().log()
     return weight, log_prior - 0.5 * (weight * means).sum(1)
@@ -130,7 +151,12 @@ def fit_gda(
         sigma = _scatter(x, y, means) / (len(x) - 1)
     else:
         sigma = _scatter(x, y, means, 1 / (counts - 1).clamp(min=1).double()[y]) / classes
-    return _linear(means, precision_matrix(sigma, len(x), shrinkage), prior)
+    if shrinkage == "none" or classes >= x.shape[1]:
+        return _linear(means, precision_matrix(sigma, len(x), shrinkage), prior)
+    factor = _ridge_factor(sigma, len(x))
+    if factor is None:
+        return _with_bias(torch.zeros_like(means), means, prior)
+    return _with_bias(x.shape[1] * torch.cholesky_solve(means.T, factor).T, means, prior)
 
 
 def fit_gda_new(
@@ -312,12 +338,10 @@ class GDA(LinearClassifier):
         super().__init__(classes, encoder)
         check_choice("GDA", "shrinkage", shrinkage, _SHRINKAGES)
         if text is None:
-            if self.encoder is None:
-                raise ValueError("GDA: pass an encoder or text")
-            text = class_vectors(prompt_features(self.encoder, classes, templates))
+            text = class_vectors(prompt_features(self._encoder_for("text"), classes, templates))
         self.text = check_features("GDA", "text", text)
         self.shrinkage, self.alpha = shrinkage, alpha
-        self.logit_scale = scale_of(self.encoder) if logit_scale is None else logit_scale
+        self.logit_scale = scale_of(self.encoder, logit_scale)
         self.weight = torch.zeros_like(text, dtype=torch.float64)
         self.bias = torch.zeros(len(text), dtype=torch.float64)
         self._fold()

@@ -10,15 +10,17 @@ D2[i,v] = d(lambda_i, v)^2;  m[n,v] = sum_i p[n,i] D2[i,v];  prediction = argmin
 
 so a label that was never observed can win. Metrics: a matrix, hops in a tree or in a graph, or distances of the labels'
 own embeddings, for which the rule is a top-1 search: argmin_v sum_i p_i |E_i - E_v|^2 = argmax_v <E_v, sum_i p_i E_i>
-for unit rows. D2 is made and searched in blocks of columns, so V may be 100,000. Only the direction of p matters, but
-its temperature matters much; flat probabilities give the central label. The gain is in squared distance, not in
-accuracy: report both.
+for unit rows; no D2 exists. In a tree, m changes from a node to its child by sums over the child's subtree, and falls
+only towards observed labels: the minimum is found among the K labels' ancestors, whatever V. Otherwise D2 is made and
+searched in blocks of columns, so V may be 100,000. Only the direction of p matters, but its temperature matters much;
+flat probabilities give the central label. The gain is in squared distance, not in accuracy: report both.
 
     vlmkernels classify picture.png --method loki
 """
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,13 +32,16 @@ from torch import Tensor
 
 from vlmkernels.methods.zeroshot._classifier import (
     BLOCK_ELEMENTS,
+    CACHE_ELEMENTS,
     Classifier,
     Prediction,
     check_features,
+    joined,
     row_blocks,
     unit,
 )
 from vlmkernels.ops.contrastive import linear_cross_entropy
+from vlmkernels.ops.flat_index import FlatIndex
 from vlmkernels.ops.topk import topk_similarity
 from vlmkernels.systems import register_system
 
@@ -55,6 +60,10 @@ __all__ = [
     "next_class",
     "tree_locus",
 ]
+
+
+#: Images in a call from which an index of the embeddings is worth its making.
+_WORTH_INDEX = 64
 
 
 class LabelMetric(Protocol):
@@ -112,6 +121,15 @@ class EmbeddingMetric:
         """V."""
         return len(self.embeddings)
 
+    @functools.cached_property
+    def index(self) -> FlatIndex:
+        """The embeddings as int8 codes beside the float32 ones, for exact searches; made when first asked for."""
+        index = FlatIndex(
+            self.embeddings.shape[1], metric="dot", storage="int8", device=self.embeddings.device
+        )
+        index.add(self.embeddings.detach())
+        return index
+
     def squared(self, observed: Tensor, columns: Tensor) -> Tensor:
         """Returns squared distances [K, B]."""
         return (2 - 2 * self.embeddings[observed] @ self.embeddings[columns].T).clamp(min=0)
@@ -139,10 +157,11 @@ class TreeMetric:
                 if len(chain) > len(self.parents):
                     raise ValueError("TreeMetric: the parents form a cycle")
             chains.append(chain[::-1])
+        self._parents = torch.tensor(self.parents)
         self.depth = torch.tensor([len(c) - 1 for c in chains])
         levels = int(self.depth.max()) + 1
         # ancestors[v, l] = the node at depth l on the way from the root to v; -1 below v
-        self._ancestors = torch.tensor([c + [-1] * (levels - len(c)) for c in chains])
+        self._ancestors = torch.tensor([c + [-1] * (levels - len(c)) for c in chains], dtype=torch.int32)
 
     @property
     def size(self) -> int:
@@ -151,15 +170,55 @@ class TreeMetric:
 
     def hops(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Returns the number of hops [K, B], int64."""
-        shared = torch.zeros(len(rows), len(columns), dtype=torch.int64)
+        shared = torch.zeros(len(rows), len(columns), dtype=torch.int32)
         for level in range(self._ancestors.shape[1]):
             mine = self._ancestors[rows, level][:, None]
             shared += (mine == self._ancestors[columns, level]) & (mine >= 0)
-        return self.depth[rows][:, None] + self.depth[columns] - 2 * (shared - 1)
+        return self.depth[rows][:, None] + self.depth[columns] - 2 * (shared.long() - 1)
 
     def squared(self, observed: Tensor, columns: Tensor) -> Tensor:
         """Returns squared hops [K, B]."""
         return self.hops(observed, columns).square().float()
+
+    def variances(self, probabilities: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the ancestors [S] of the observed labels, ascending, and their Frechet variances [S, N], float64.
+
+        With the sums P of p, A(u) of p_i d(i,u), and those over the subtree of a child c of u, P_c and A_c(u):
+
+        ```
+        A(c) = A(u) + P - 2 P_c;   m(c) = m(u) + P + 2 A(u) - 4 A_c(u)
+        ```
+
+        A node outside of S has no observed label below, so that its m exceeds its parent's by P + 2 A(u).
+        """
+        nodes = self._ancestors[observed].unique().long()
+        nodes = nodes[nodes >= 0]
+        levels = [(self.depth[nodes] == d).nonzero()[:, 0] for d in range(int(self.depth[nodes].max()) + 1)]
+        place = torch.empty(self.size, dtype=torch.int64)  # of a node within its level
+        for level in levels:
+            place[nodes[level]] = torch.arange(len(level))
+        above = [place[self._parents[nodes[level]]] for level in levels]  # of the root: not used
+        seen = [(self.depth[observed] == d).nonzero()[:, 0] for d in range(len(levels))]
+        squares = self.depth[observed].double().square()
+        out = torch.empty(len(nodes), len(probabilities), dtype=torch.float64)
+        for block in row_blocks(len(probabilities), len(nodes), CACHE_ELEMENTS // 4):
+            p = probabilities[block].T.contiguous().double()
+            mass = [p.new_zeros(len(level), p.shape[1]) for level in levels]
+            below = [torch.zeros_like(m) for m in mass]  # A_c(u) of a node c with parent u
+            for d in range(len(levels) - 1, -1, -1):
+                mass[d].index_add_(0, place[observed[seen[d]]], p[seen[d]])
+                if d:
+                    below[d] += mass[d]
+                    mass[d - 1].index_add_(0, above[d], mass[d])
+                    below[d - 1].index_add_(0, above[d], below[d])
+            whole, far, value = mass[0], below[0], (squares @ p)[None]
+            out[levels[0], block] = value
+            for d in range(1, len(levels)):
+                before = far[above[d]]
+                value = value[above[d]].add_(whole).add_(before, alpha=2).sub_(below[d], alpha=4)
+                far = before.add_(whole).sub_(mass[d], alpha=2)
+                out[levels[d], block] = value
+        return nodes, out
 
     @property
     def leaves(self) -> list[int]:
@@ -254,15 +313,14 @@ def frechet_predict(
     observed = torch.arange(rows) if observed is None else observed
     if observed.shape != (rows,) or (not isinstance(metric, Tensor) and int(observed.max()) >= size):
         raise ValueError(f"frechet_predict: observed must be [{rows}] labels below {size}")
-    candidates = torch.arange(size) if candidates is None else candidates
-    if not 1 <= k <= len(candidates):
-        raise ValueError(f"frechet_predict: k must lie between 1 and {len(candidates)}, got {k}")
+    many = size if candidates is None else len(candidates)
+    if not 1 <= k <= many:
+        raise ValueError(f"frechet_predict: k must lie between 1 and {many}, got {k}")
     if isinstance(metric, EmbeddingMetric):
-        e = metric.embeddings.to(probabilities.dtype)
-        centre = probabilities @ e[observed]
-        score, index = topk_similarity(centre, e[candidates], k)
-        variance = 2 * probabilities.sum(1, keepdim=True) - 2 * score
-        return candidates[index], variance
+        return _embedded(probabilities, metric, observed, candidates, k)
+    if isinstance(metric, TreeMetric) and k == 1 and candidates is None:
+        return _in_tree(probabilities, metric, observed)
+    candidates = torch.arange(size) if candidates is None else candidates
     best = probabilities.new_empty(len(probabilities), 0)
     labels = torch.empty(len(probabilities), 0, dtype=torch.int64)
     for block in row_blocks(len(candidates), rows):
@@ -275,6 +333,35 @@ def frechet_predict(
         labels = torch.cat([labels, columns[index]], 1).gather(1, merged.indices[:, :k])
         best = merged.values[:, :k]
     return labels, -best
+
+
+def _embedded(
+    p: Tensor, metric: EmbeddingMetric, observed: Tensor, candidates: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """A search for the embeddings nearest to their mean under p."""
+    e = metric.embeddings.to(p.dtype)
+    centre = p @ e[observed]
+    if candidates is None and e.dtype == metric.embeddings.dtype == torch.float32 and len(p) >= _WORTH_INDEX:
+        score, labels = metric.index.search(centre, k)
+    elif candidates is None:
+        score, labels = topk_similarity(centre, e, k)
+    else:
+        score, labels = topk_similarity(centre, e[candidates], k)
+        labels = candidates[labels]
+    return labels, 2 * p.sum(1, keepdim=True) - 2 * score
+
+
+def _in_tree(p: Tensor, tree: TreeMetric, observed: Tensor) -> tuple[Tensor, Tensor]:
+    """The best label of every row among the observed labels' ancestors, where all minima lie."""
+    labels = torch.empty(len(p), 1, dtype=torch.int64)
+    variance = p.new_empty(len(p), 1, dtype=torch.float32 if p.dtype != torch.float64 else p.dtype)
+    for rows in row_blocks(len(p), len(observed)):
+        nodes, values = tree.variances(p[rows], observed)
+        # rounded first, so that equal variances stay equal; the first of equals is the smallest label
+        best = values.to(variance.dtype).min(0)
+        labels[rows, 0], variance[rows, 0] = nodes[best.indices], best.values
+    labels[p.sum(1) == 0] = 0  # all variances are 0
+    return labels, variance
 
 
 def mean_squared_distance(predicted: Tensor, true: Tensor, metric: LabelMetric) -> float:
@@ -419,7 +506,6 @@ class Loki(Classifier):
         parts = []
         for rows in row_blocks(len(features), len(self.observed), BLOCK_ELEMENTS):
             p = self.probabilities(features[rows])
-            parts.append(frechet_predict(p, self.metric, self.observed, candidates=self.candidates, k=k))
-        if not parts:
-            return Prediction(torch.zeros(0, k, dtype=torch.int64), features.new_zeros(0, k))
-        return Prediction(torch.cat([p[0] for p in parts]), -torch.cat([p[1] for p in parts]))
+            labels, variance = frechet_predict(p, self.metric, self.observed, candidates=self.candidates, k=k)
+            parts.append((labels, -variance))
+        return joined(parts, features, k)

@@ -12,8 +12,9 @@ P(y|x,z) = softmax_y(F[n,:,z])                    temperature 1, never T
 P(y|x)   = sum_z P(z|x) P(y|x,z)
 ```
 
-Everything is in log space, and the sum over z runs online (as a softmax over z that rescales what it has), one value
-after the other, so that only [n, C] blocks exist, never [N, C, Z].
+Everything is in log space, and the sum over z runs online (as a softmax over z that rescales what it has), some values
+at a time, so that only blocks of [n, z, C] that stay in the cache exist, never [N, C, Z]. A block of logits is
+exponentiated in place, and both sums over y come from those exponentials where T allows.
 
     vlmkernels classify picture.png --method perception
 """
@@ -30,6 +31,7 @@ from torch import Tensor
 from vlmkernels.methods.zeroshot._classifier import (
     Classifier,
     Explanation,
+    cache_block,
     check_choice,
     encoder_of,
     features_of,
@@ -102,6 +104,15 @@ FACTORS: dict[str, dict[str, list[str]]] = {
 }
 
 
+def _exponentials(x: Tensor, spare: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The sum over dimension 1 of `exp(x)`, and `exp(T x)`; `x`, at most 0, and `spare` are overwritten."""
+    if temperature in (1, 2, 3):  # a power costs less than a second exponential
+        spread = x.exp_().sum(1)
+        return spread, x if temperature == 1 else x.pow_(temperature)
+    spread = torch.exp(x, out=spare).sum(1)
+    return spread, x.mul_(temperature).exp_()
+
+
 def composite_values(factors: Factors) -> list[tuple[str, list[str]]]:
     """Returns the Cartesian product of factors: (name of the value, its phrases).
 
@@ -166,10 +177,8 @@ class PerceptionCLIP(Classifier):
         values = composite_values(factors)
         self.values = [name for name, _ in values]
         self.temperature, self.infer = temperature, infer
-        self.logit_scale = scale_of(self.encoder) if logit_scale is None else logit_scale
+        self.logit_scale = scale_of(self.encoder, logit_scale)
         if text is None:
-            if self.encoder is None:
-                raise ValueError("PerceptionCLIP: pass an encoder or text")
             text = torch.stack([self._encode(main, name, values) for name in classes])
             if infer == "without_y":
                 context_text = self._encode(main, generic, values)
@@ -186,7 +195,7 @@ class PerceptionCLIP(Classifier):
         """Unit rows [Z, D]: the mean of every value's phrases."""
         start = main.replace("{}", name)
         prompts = [f"{start}, {p}." if p else f"{start}." for _, phrases in values for p in phrases]
-        parts = self.encoder.texts(prompts).split([len(phrases) for _, phrases in values])  # type: ignore[union-attr]
+        parts = self._encoder_for("text").texts(prompts).split([len(phrases) for _, phrases in values])
         return unit(torch.stack([p.mean(0) for p in parts]))
 
     def infer_context(self, images: Tensor) -> Tensor:
@@ -203,31 +212,43 @@ class PerceptionCLIP(Classifier):
         """Returns P(y|x), [N, C]; rows sum to 1."""
         return self.scores(images)
 
+    @torch.no_grad()
     def _scores(self, features: Tensor) -> Tensor:
-        parts = []
-        for rows in row_blocks(len(features), len(self.classes)):
-            parts.append(self._marginal(features[rows]))
-        return torch.cat(parts) if parts else features.new_zeros(0, len(self.classes))
+        out = features.new_empty(len(features), len(self.classes))
+        at_once, together = cache_block(len(self.classes))
+        room = features.new_empty(2, at_once * min(together, len(self.values)) * len(self.classes))
+        for rows in row_blocks(len(features), 1, at_once):
+            out[rows] = self._marginal(features[rows], together, room).T
+        return out
 
-    def _marginal(self, features: Tensor) -> Tensor:
-        """Sum over z of P(z|x) P(y|x,z), with the normaliser of P(z|x) found on the way."""
-        t = self.temperature
-        total = features.new_zeros(len(features), len(self.classes))
-        top = features.new_full((len(features), 1), -torch.inf)
+    def _marginal(self, features: Tensor, together: int, room: Tensor) -> Tensor:
+        """Sum over z of P(z|x) P(y|x,z), [C, n], with the normaliser of P(z|x) found on the way."""
+        n, classes, t = len(features), len(self.classes), self.temperature
+        joint = self.infer == "with_y"
+        total = features.new_zeros(classes, n)
+        top = features.new_full((n,), -torch.inf)
         mass = torch.zeros_like(top)
-        for z, classes in enumerate(self._by_value):
-            logits = self.logit_scale * features @ classes.T
-            if self.infer == "without_y":
-                context = self.context_text[z]  # type: ignore[index]
-                weight = (self.logit_scale / t * features @ context)[:, None]
-            elif t == 1:
-                weight = logits.logsumexp(1, keepdim=True)
+        # with_y: logits are made at temperature T, where both sums over y can be had from one exponential
+        scaled = self.logit_scale / (t if joint else 1.0) * features.T
+        for first in range(0, len(self.values), together):
+            part = self._by_value[first : first + together]
+            # [z, C, n]: torch multiplies many rows with few columns faster than the other way round
+            logits, spare = room[:, : part.shape[0] * classes * n].view(2, -1, n)
+            torch.mm(part.view(-1, part.shape[2]), scaled, out=logits)
+            logits, spare = (x.view(-1, classes, n) for x in (logits, spare))
+            largest = logits.amax(1, keepdim=True)
+            logits.sub_(largest)
+            if joint:
+                spread, likely = _exponentials(logits, spare, t)
+                weight = largest[:, 0] + spread.log_()
             else:
-                weight = (logits / t).logsumexp(1, keepdim=True)
-            higher = torch.maximum(top, weight)
-            fade, gain = (top - higher).exp(), (weight - higher).exp()
-            total.mul_(fade).add_(logits.softmax(1).mul_(gain))
-            mass.mul_(fade).add_(gain)
+                weight = self.context_text[first : first + together] @ scaled / t  # type: ignore[index]
+                likely = logits.exp_()
+            higher = torch.maximum(top, weight.amax(0))
+            fade, gain = (top - higher).exp_(), (weight - higher).exp_()
+            share = gain / likely.sum(1)
+            total.mul_(fade).add_(likely.mul_(share[:, None]).sum(0))
+            mass.mul_(fade).add_(gain.sum(0))
             top = higher
         return total / mass
 

@@ -14,9 +14,9 @@ realign   score(word) = sum over its phrases of weight x hits among the pictures
 train     CE(student, teacher's argmax) where the teacher is sure + 0.25 CE(student, structural label)
 ```
 
-Nearest words and k-means assignments are `vk.topk_similarity`; the cross-entropies over the whole vocabulary are
-`vk.linear_cross_entropy`, so no N x V array is made. In the released realignment only the candidate under evaluation
-has normalised weights; here every candidate's weights sum to 1.
+Nearest words and k-means assignments are exact top-1 searches (`nearest_rows`); the cross-entropies over the whole
+vocabulary are `vk.linear_cross_entropy`, so no N x V array is made. In the released realignment only the candidate
+under evaluation has normalised weights; here every candidate's weights sum to 1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmkernels.methods.zeroshot._classifier import TextImageEncoder, check_features, unit
+from vlmkernels.methods.zeroshot._classifier import TextImageEncoder, check_features, nearest_rows, unit
 from vlmkernels.methods.zeroshot._descriptions import DescriptionSource
 from vlmkernels.methods.zeroshot._metrics import assign
 from vlmkernels.ops.contrastive import linear_cross_entropy
@@ -112,8 +112,7 @@ def _spread_seeds(x: Tensor, k: int, generator: torch.Generator | None) -> Tenso
 def _lloyd(x: Tensor, centres: Tensor, iterations: int) -> tuple[Tensor, Tensor, float]:
     labels = torch.full((len(x),), -1)
     for _ in range(iterations):
-        score, index = topk_similarity(x, centres, 1, metric="l2")
-        new = index[:, 0]
+        score, new = nearest_rows(x, centres, "l2")
         if torch.equal(new, labels):
             break
         labels = new
@@ -121,11 +120,11 @@ def _lloyd(x: Tensor, centres: Tensor, iterations: int) -> tuple[Tensor, Tensor,
         sums = torch.zeros_like(centres).index_add_(0, labels, x)
         # a cluster that lost its rows takes the row that is farthest from its centre
         empty = (counts == 0).nonzero()[:, 0]
-        far = score[:, 0].argsort()[: len(empty)]
+        far = score.argsort()[: len(empty)]
         centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
         centres[empty] = x[far]
-    score, index = topk_similarity(x, centres, 1, metric="l2")
-    return index[:, 0], centres, float(-score.double().sum())
+    score, labels = nearest_rows(x, centres, "l2")
+    return labels, centres, float(-score.double().sum())
 
 
 def silhouette(x: Tensor, labels: Tensor) -> float:
@@ -250,7 +249,7 @@ def cluster_vote(
         raise ValueError(f"cluster_vote: {k} clusters need as many words, got {len(vocabulary)}")
     clusters = k_means(x, k, starts=starts, generator=generator)[0] if init is None else init
     clusters = clusters.unique(return_inverse=True)[1]
-    nearest = topk_similarity(x, vocabulary, 1)[1][:, 0]
+    nearest = nearest_rows(x, vocabulary)[1]
     structure: Structure | None = None
     for _ in range(max(iterations, 1)):
         votes = _votes(nearest, clusters, len(vocabulary))
@@ -265,7 +264,7 @@ def cluster_vote(
 def reassign(x: Tensor, vocabulary: Tensor, words: Tensor) -> Tensor:
     """Gives every picture the most similar of some words: [N] indices into the vocabulary."""
     chosen = words.unique()
-    return chosen[topk_similarity(x, vocabulary[chosen], 1)[1][:, 0]]
+    return chosen[nearest_rows(x, vocabulary[chosen])[1]]
 
 
 @dataclass

@@ -11,8 +11,8 @@ w           = softmax(score);  W_c = sum_p w_p s t_pc          W is not normalis
 ```
 
 The scores alone use the debiased logits; the classifier uses the raw ones. Both means are linear in the image, so they
-are the logits of the mean feature, and the maximum is a top-1 search per template with the offset as one more column:
-nothing of size N x P x C exists.
+are the logits of the mean feature: the sets are multiplied with the texts once instead of once each. The maximum over
+classes is taken from blocks of logits that stay in the cache; nothing of size N x P x C exists.
 
     vlmkernels classify picture.png --method zpe
 """
@@ -29,15 +29,16 @@ from vlmkernels.methods.zeroshot._classifier import (
     Explanation,
     LinearClassifier,
     LinearHead,
+    cache_block,
     check_choice,
     check_features,
     check_templates,
     features_of,
     prompt_features,
+    row_blocks,
     scale_of,
     top_reasons,
 )
-from vlmkernels.ops.topk import topk_similarity
 from vlmkernels.systems import register_system
 
 __all__ = ["ZPE", "select_templates", "zpe_classifier", "zpe_scores", "zpe_weights"]
@@ -63,16 +64,35 @@ def _offset(
         return zero
     test = images[: max(1, round(test_fraction * len(images)))].mean(0)
     if debias == "test":
-        return logit_scale * text @ test
+        return text @ (logit_scale * test)
     if pretrain is None or not len(pretrain):
         raise ValueError(f"zpe_scores: debias {debias!r} needs pretraining-like images")
     before = pretrain.mean(0)
     if debias == "pretrain":
-        return logit_scale * text @ before
+        return text @ (logit_scale * before)
     if debias == "pretrain_star":
         generic = text if generic_text is None else generic_text
-        return (logit_scale * generic @ before).mean(1, keepdim=True).expand_as(zero)
-    return 0.5 * logit_scale * text @ (test + before)
+        return (generic @ (logit_scale * before)).mean(1, keepdim=True).expand_as(zero)
+    return text @ (0.5 * logit_scale * (test + before))
+
+
+@torch.no_grad()
+def _largest_logits(text: Tensor, offset: Tensor, images: Tensor) -> Tensor:
+    """`max_c (<x_n, t_pc> - offset[p,c])`, [N, P], a block of images and templates at a time."""
+    templates, classes, width = text.shape
+    out = images.new_empty(len(images), templates)
+    at_once, together = cache_block(classes)
+    room = images.new_empty(min(len(images), at_once) * min(together, templates) * classes)
+    for first in range(0, templates, together):
+        part = slice(first, first + together)
+        rows, before = text[part].reshape(-1, width), -offset[part].reshape(-1, 1)
+        for some in row_blocks(len(images), 1, at_once):
+            x = images[some]
+            # [p, C, n]: torch multiplies many rows with few columns faster than the other way round
+            logits = room[: len(rows) * len(x)].view(len(rows), len(x))
+            torch.addmm(before, rows, x.T, out=logits)
+            out[some, part] = logits.view(-1, classes, len(x)).amax(1).T
+    return out
 
 
 def zpe_scores(
@@ -113,12 +133,7 @@ def zpe_scores(
     if pretrain is not None:
         check_features("zpe_scores", "pretrain", pretrain, text.shape[2])
     offset = _offset(text, images, pretrain, logit_scale, debias, generic_text, test_fraction)
-    with_one = torch.cat([images, images.new_ones(len(images), 1)], 1)
-    best = [
-        topk_similarity(with_one, torch.cat([logit_scale * t, -o[:, None]], 1), 1)[0][:, 0]
-        for t, o in zip(text, offset, strict=True)
-    ]
-    scores = torch.stack(best, 1)
+    scores = _largest_logits(text, offset, logit_scale * images)
     return scores if per_example else scores.mean(0)
 
 
@@ -225,14 +240,12 @@ class ZPE(LinearClassifier):
         if per_example and select_threshold is not None:
             raise ValueError("ZPE: select_threshold works on the scores of a data set, not per example")
         if text is None:
-            if self.encoder is None:
-                raise ValueError("ZPE: pass an encoder or text")
-            text = prompt_features(self.encoder, classes, templates).transpose(0, 1)
+            text = prompt_features(self._encoder_for("text"), classes, templates).transpose(0, 1)
         self.text = text
         self.templates = list(templates)
         self.debias, self.weighting, self.per_example = debias, weighting, per_example
         self.select_threshold, self.test_fraction = select_threshold, test_fraction
-        self.logit_scale = scale_of(self.encoder) if logit_scale is None else logit_scale
+        self.logit_scale = scale_of(self.encoder, logit_scale)
         self.generic_text = None
         if generic_classes is not None and self.encoder is not None:
             self.generic_text = prompt_features(self.encoder, generic_classes, templates).transpose(0, 1)
@@ -275,11 +288,9 @@ class ZPE(LinearClassifier):
         self._check_fitted()
         if not self.per_example:
             return self.head.logits(features)
-        # [n, P] weights per image: two passes over the templates keep one [n, C] block at a time
-        best = []
-        for text, offset in zip(self.text, self._offset, strict=True):  # type: ignore[arg-type]
-            best.append((self.logit_scale * features @ text.T - offset).amax(1))
-        weights = zpe_weights(torch.stack(best, 1), self.weighting)
+        # [n, P] weights per image; a second pass over the templates keeps one [n, C] block at a time
+        best = _largest_logits(self.text, self._offset, self.logit_scale * features)  # type: ignore[arg-type]
+        weights = zpe_weights(best, self.weighting)
         out = features.new_zeros(len(features), len(self.classes))
         for text, weight in zip(self.text, weights.T, strict=True):
             out += weight[:, None] * (self.logit_scale * features @ text.T)
