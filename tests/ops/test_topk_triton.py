@@ -27,6 +27,10 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 #: Bytes of a thread's registers that the scan may spill, which is limited to 128 so that two programs share a
 #: multiprocessor: 0 in the loop that multiplies, what a candidate needs in the part that few tiles reach.
 SPILLED = {"topk_scan_kernel": 96}
+#: The same of a whole classifier in one launch, whose cosines wait in registers while candidates are scored.
+ONE_LAUNCH_SPILL = 64
+#: And of rows that are no multiples of 16 elements apart, whose elements are loaded one by one.
+ODD_WIDTH_SPILL = 256
 
 
 def rows_of(dtype: torch.dtype, count: int = 4096, width: int = 512) -> Rows:
@@ -72,6 +76,34 @@ def exact(arch: int, dtype: torch.dtype, width: int, metric: str, scaled: bool =
     return distinct(launches)
 
 
+def classifications(
+    arch: int, dtype: torch.dtype, count: int, k: int, width: int = 512, prompts: int = 0
+) -> list[Any]:
+    """What zero-shot classification of a batch launches."""
+    from triton_compile import distinct
+
+    from vlmkernels.ops._topk_triton import zero_shot
+    from vlmkernels.ops.triton._launch import recording
+
+    shape = (count, prompts, width) if prompts else (count, width)
+    with recording(arch) as launches:
+        zero_shot(torch.ones(256, width, dtype=dtype), torch.ones(shape, dtype=dtype), torch.tensor(100.0), k)
+    return distinct(launches)
+
+
+def gradients(arch: int, dtype: torch.dtype, metric: str) -> list[Any]:
+    from triton_compile import distinct
+
+    from vlmkernels.ops._topk_triton import topk_similarity_gradients
+    from vlmkernels.ops.triton._launch import recording
+
+    queries, database = torch.ones(20, 512, dtype=dtype), torch.ones(100, 512, dtype=dtype)
+    indices = torch.zeros(20, 5, dtype=torch.int64)
+    with recording(arch) as launches:
+        topk_similarity_gradients(torch.ones(20, 5), queries, database, indices, metric, (True, True))
+    return distinct(launches)
+
+
 def names(launches: list[Any]) -> list[str]:
     return [launch.kernel.__name__.removesuffix("_kernel") for launch in launches]
 
@@ -107,6 +139,43 @@ def test_exact_scores_round_products_and_sums_by_themselves(arch: int) -> None:
     assembly = compiled_assembly(launches[0], arch)
     assert "mul.rn.f64" in assembly or "mul.f64" in assembly
     assert "fma.rn.f64" not in assembly
+
+
+def test_few_classes_are_one_launch() -> None:
+    assert names(classifications(80, torch.bfloat16, 1000, 5)) == ["zero_shot"]
+    assert names(classifications(80, torch.bfloat16, 100, 5, prompts=7)) == [
+        "topk_exact",
+        "class_mean",
+        "zero_shot",
+    ]
+
+
+@each_arch
+def test_classification_compiles(arch: int) -> None:
+    check_resources(classifications(arch, torch.bfloat16, 1000, 5), arch, ONE_LAUNCH_SPILL)
+
+
+@each_arch
+def test_gradients_compile(arch: int) -> None:
+    check_resources(gradients(arch, torch.bfloat16, "cosine"), arch)
+
+
+@pytest.mark.slow
+@each_arch
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_classification_compiles(dtype: torch.dtype, arch: int) -> None:
+    for count, k in ((1000, 5), (1000, 16), (100, 1), (5, 5), (3000, 5)):
+        check_resources(classifications(arch, dtype, count, k), arch, ONE_LAUNCH_SPILL, SPILLED)
+    for prompts in (1, 7, 80, 1000):
+        check_resources(classifications(arch, dtype, 100, 5, 500, prompts), arch, ODD_WIDTH_SPILL)
+
+
+@pytest.mark.slow
+@each_arch
+@pytest.mark.parametrize("metric", ["dot", "cosine", "l2"])
+def test_every_gradient_compiles(metric: str, arch: int) -> None:
+    for dtype in FLOATS:
+        check_resources(gradients(arch, dtype, metric), arch)
 
 
 @pytest.mark.slow

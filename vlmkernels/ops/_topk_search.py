@@ -135,6 +135,13 @@ class Scan:
         """
         raise NotImplementedError
 
+    def candidates_and_logits(
+        self, block: Block, limit: Tensor, capacity: int, factor: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same, and of the logits `factor_i dot_ij scale_j`, exact to float32's rounding, for parts of the rows the
+        largest of every query and the sum of the exponentials shifted by it: [parts, n] each."""
+        raise NotImplementedError
+
     def dots(self, block: Block) -> Tensor:
         """All products of a block, [n, m] float32."""
         wide = torch.float64 if reference._rounds_products(block.queries.device.type) else torch.float32
@@ -211,6 +218,46 @@ def range_search(
     order = order[query[order].argsort(stable=True)]
     counts = torch.bincount(query, minlength=n)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), score[order], label[order]
+
+
+class LogSumExp:
+    """Of the logits `factor_i <q_i, x_j> / |x_j|` over all rows j, added up on the way of a search by cosine."""
+
+    def __init__(self, factor: Tensor) -> None:
+        self.factor = factor
+        self._top = torch.full_like(factor, -torch.inf)
+        self._total = torch.zeros_like(factor, dtype=torch.float64)
+
+    def add(self, tops: Tensor, totals: Tensor) -> None:
+        """What a part of the rows has: largest logits and shifted sums, [parts, n]."""
+        top = torch.maximum(self._top, tops.amax(0))
+        shift = top.masked_fill(top == -torch.inf, 0.0).double()
+        self._total = self._total * (self._top - shift).exp() + (totals * (tops - shift).exp()).sum(0)
+        self._top = top
+
+    def result(self) -> Tensor:
+        """float64 [n]."""
+        return self._top.double() + self._total.log()
+
+
+def classify(
+    scan: Scan, images: Tensor, classes: Rows, k: int, factor: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(cosines [N, k], labels [N, k], lse [N])`, the last in float64: a classifier with the logits of `LogSumExp`."""
+    n, count = images.shape[0], classes.count
+    scores = torch.full((n, k), -torch.inf, device=images.device)
+    labels = torch.full((n, k), -1, dtype=torch.int64, device=images.device)
+    lse = torch.empty(n, dtype=torch.float64, device=images.device)
+    pieces = _pieces([classes], None)
+    # statistics of a tile's rows are 8 bytes for some 64 classes
+    step = max(1, min(_QUERIES, MOST_CANDIDATES // max(4 * (LEAST_GROWTH + 1) * k, count // 16)))
+    for start in range(0, n, step):
+        block = slice(start, min(start + step, n))
+        part = Search(scan, images[block], "cosine", None, scores[block], labels[block])
+        part.logits = LogSumExp(factor[block])
+        part.run(pieces, None)
+        lse[block] = part.logits.result()
+    return scores, labels, lse
 
 
 @dataclass
@@ -340,6 +387,7 @@ class Search:
     ) -> None:
         self.scan, self.queries, self.metric, self.centre = scan, queries.contiguous(), metric, centre
         self.scores, self.labels, self.k = scores, labels, scores.shape[1]
+        self.logits: LogSumExp | None = None
         self.rescored = 0
         self.norm = reference.row_norms(self.queries.double())
         self._operands: dict[torch.dtype, _Operand] = {}
@@ -360,7 +408,7 @@ class Search:
             while start < piece.count:
                 stop = min(start + max(growth * done, FIRST_ROWS, 2 * self.k), piece.count)
                 limit = self._first_limit(piece, stop, seen) if done == 0 else None
-                self.add(piece, start, stop, seen, limit)
+                self.add(piece, start, stop, seen, limit, logits=self.logits)
                 done += stop - start
                 start = stop
 
@@ -372,8 +420,9 @@ class Search:
         mask: Tensor | None = None,
         limit: Tensor | None = None,
         some: Tensor | None = None,
+        logits: LogSumExp | None = None,
     ) -> None:
-        """Rows start to stop of a piece, for some of the queries, int64 [n].
+        """Rows start to stop of a piece, for some of the queries, int64 [n]; their logits are added to what is given.
 
         Queries that bring more candidates than there is room for are looked at again by themselves, and where they are
         most of the queries the rows in halves.
@@ -383,7 +432,7 @@ class Search:
         limit = self.limit() if limit is None else limit
         if some is not None:
             block, limit = block.of(some), limit[some]
-        candidates, counts, crowded = self._candidates(block, limit)
+        candidates, counts, crowded = self._candidates(block, limit, logits)
         query, row = _pairs(candidates, counts.masked_fill(crowded, 0))
         if block.mask is not None:
             seen = block.mask[query, row]
@@ -463,10 +512,17 @@ class Search:
         last = self.scores[:, -1].double().masked_fill(self.labels[:, -1] < 0, torch.nan)
         return self._in_scan_terms(last, self.norm)
 
-    def _candidates(self, block: Block, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _candidates(
+        self, block: Block, limit: Tensor, logits: LogSumExp | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Of a scan, and which queries have more than there is room for."""
         capacity = min(max(MOST_CANDIDATES // block.queries.shape[0], 1), block.count)
-        candidates, counts = self.scan.candidates(block, limit, capacity)
+        if logits is None:
+            candidates, counts = self.scan.candidates(block, limit, capacity)
+        else:
+            result = self.scan.candidates_and_logits(block, limit, capacity, logits.factor)
+            candidates, counts = result[:2]
+            logits.add(*result[2:])
         return candidates, counts, counts > capacity
 
     def _all_scores(self, piece: Piece, start: int, stop: int, mask: Tensor | None) -> None:
@@ -479,6 +535,10 @@ class Search:
         if squares is not None:
             norm = _usable(squares.sqrt(), piece.take(piece.codes, start, stop))
         block = self.block(piece, start, stop, mask, norm)
+        if self.logits is not None:
+            z = dots * self.logits.factor.unsqueeze(1) * block.scale
+            top = z.amax(1, keepdim=True)
+            self.logits.add(top.mT, (z - top).exp().sum(1, keepdim=True).mT)
         lower, upper = block.bounds(dots)
         limit = self.limit()
         if block.count >= self.k:

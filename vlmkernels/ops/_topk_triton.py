@@ -77,3 +77,41 @@ def topk_similarity_gradients(
         grad_database if needs[1] else None,
     )
     return grad_queries, grad_database
+
+
+def zero_shot(
+    images: Tensor, class_features: Tensor, logit_scale: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_topk_cpu.zero_shot`."""
+    from vlmkernels.ops.triton import zero_shot as kernels
+
+    return kernels.zero_shot(images, class_features, logit_scale, k)
+
+
+def zero_shot_gradients(
+    grad_probabilities: Tensor,
+    grad_lse: Tensor,
+    image_features: Tensor,
+    class_features: Tensor,
+    logit_scale: Tensor,
+    indices: Tensor,
+    probabilities: Tensor,
+    lse: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_topk_cpu_backward.zero_shot_gradients`."""
+    from vlmkernels.ops.triton import zero_shot as kernels
+
+    grads = like_inputs((image_features, class_features, logit_scale), needs)
+    wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    kernels.zero_shot_gradients(
+        grad_probabilities,
+        grad_lse,
+        image_features,
+        class_features,
+        logit_scale,
+        indices,
+        probabilities,
+        (wanted[0], wanted[1], wanted[2]),
+    )
+    return grads[0], grads[1], grads[2]

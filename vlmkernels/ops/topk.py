@@ -251,12 +251,9 @@ def _topk_backward_impl(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    if backend == "cpu":
-        return _topk_cpu_backward.topk_similarity_gradients(
-            grad_scores, queries, database, indices, metric, (needs[0], needs[1])
-        )
-    if backend == "triton":
-        return _topk_triton.topk_similarity_gradients(
+    if backend in ("cpu", "triton"):
+        kernels = _topk_cpu_backward if backend == "cpu" else _topk_triton
+        return kernels.topk_similarity_gradients(
             grad_scores, queries, database, indices, metric, (needs[0], needs[1])
         )
 
@@ -303,6 +300,8 @@ def _zero_shot_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "cpu":
         return _topk_cpu.zero_shot(image_features, class_features, logit_scale, k)
+    if backend == "triton":
+        return _topk_triton.zero_shot(image_features, class_features, logit_scale, k)
     return reference.zero_shot(image_features, class_features, logit_scale, k)
 
 
@@ -351,8 +350,9 @@ def _zero_shot_backward_impl(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    if backend == "cpu":
-        return _topk_cpu_backward.zero_shot_gradients(
+    if backend in ("cpu", "triton"):
+        kernels = _topk_cpu_backward if backend == "cpu" else _topk_triton
+        return kernels.zero_shot_gradients(
             grad_probabilities,
             grad_lse,
             image_features,

@@ -46,3 +46,17 @@ TABLES["topk_gradient"] = (
     Row(Tile({"WIDTH": 32}), arch=0),
     Row(Tile({"WIDTH": 256}, warps=4)),
 )
+
+#: All classes are one block, their number rounded up to `classes`.
+TABLES["zero_shot"] = (
+    Row(Tile({"ROWS": 16, "DEPTH": 32, "WIDTH": 16}), arch=0),
+    Row(Tile({"ROWS": 16, "DEPTH": 16, "WIDTH": 64}, warps=8, stages=2), dtypes=FULL),
+    Row(Tile({"ROWS": 16, "DEPTH": 32, "WIDTH": 64}, warps=8, stages=2), dtypes=HALF, least={"classes": 257}),
+    Row(Tile({"ROWS": 16, "DEPTH": 32, "WIDTH": 128}, warps=4, stages=2), dtypes=HALF),
+)
+
+#: Prompts times columns of a block.
+TABLES["class_mean"] = (
+    Row(Tile({"ELEMENTS": 256}), arch=0),
+    Row(Tile({"ELEMENTS": 2048}, warps=4)),
+)

@@ -29,6 +29,12 @@ _WIDE_ELEMENTS = 2**20
 _TF32_ROUNDING = 2.01 * 2.0**-10
 
 
+def float32_like(dtype: torch.dtype) -> str:
+    """tl.dot's `input_precision` where products must be as good as float32's: three in TF32 for float32 operands,
+    which lose 2**-21 of each term and, unlike float32's own, are the matrix units'."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
 class TritonScan(_topk_search.Scan):
     """Any floating dtype but float64, and int8 codes; any strides."""
 
@@ -43,6 +49,15 @@ class TritonScan(_topk_search.Scan):
         counts = torch.zeros(n, dtype=torch.int32, device=limit.device)
         _scan(block, limit, None, candidates, counts)
         return candidates, counts
+
+    def candidates_and_logits(
+        self, block: Block, limit: Tensor, capacity: int, factor: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        n = block.queries.shape[0]
+        candidates = torch.empty(n, capacity, dtype=torch.int32, device=limit.device)
+        counts = torch.zeros(n, dtype=torch.int32, device=limit.device)
+        tops, totals = _scan(block, limit, None, candidates, counts, factor)
+        return candidates, counts, tops, totals
 
     def dots(self, block: Block) -> Tensor:
         dots = block.slack.new_empty(block.queries.shape[0], block.count)
@@ -107,13 +122,23 @@ def pair_sums(
     return sums, squares
 
 
+def row_norms(rows: Tensor) -> Tensor:
+    """`norms` of rows [R, D], to the bit: float64 [R]."""
+    if not 0 < rows.shape[1] <= WIDEST:
+        return norms(rows.double())
+    squares = torch.empty(rows.shape[0], dtype=torch.float64, device=rows.device)
+    every = torch.arange(rows.shape[0], device=rows.device)
+    _exact(rows, rows, None, every, every, None, squares)
+    return floored_root(squares)
+
+
 def _exact(
     queries: Tensor,
     rows: Tensor,
     scale: Tensor | None,
     query: Tensor,
     row: Tensor,
-    sums: Tensor,
+    sums: Tensor | None,
     squares: Tensor | None,
     l2: bool = False,
 ) -> None:
@@ -142,21 +167,32 @@ def _exact(
 
 
 def _scan(
-    block: Block, limit: Tensor | None, dots: Tensor | None, candidates: Tensor | None, counts: Tensor | None
-) -> None:
+    block: Block,
+    limit: Tensor | None,
+    dots: Tensor | None,
+    candidates: Tensor | None,
+    counts: Tensor | None,
+    logit_factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One launch of the scan, and the statistics of logits that it left, [blocks of rows, n] each."""
     queries, rows, mask = block.queries, block.rows, None
     if block.mask is not None and dots is None:
         mask = block.mask.view(torch.uint8)
     n = queries.shape[0]
+    # three products for one, of two parts of each operand, need the room of a smaller tile
+    thrice = logit_factor is not None and rows.dtype == torch.float32
     # as the compiler sees it: in elements
-    aligned = rows.stride(1) == 1 and rows.stride(0) % 16 == queries.shape[1] % 16 == 0
+    aligned = not thrice and rows.stride(1) == 1 and rows.stride(0) % 16 == queries.shape[1] % 16 == 0
     tile = tile_of("topk_scan", queries, rows.dtype, queries=n, aligned=int(aligned))
-    if mask is not None:
-        # its bytes take the registers that a limit would have to take back
+    if mask is not None or logit_factor is not None:
+        # these take the registers that a limit would have to take back
         tile = Tile(tile.blocks, tile.warps, tile.stages)
+    blocks = cdiv(block.count, tile["BLOCK_N"])
+    tops = torch.empty(0 if logit_factor is None else blocks, n, dtype=torch.float32, device=rows.device)
+    totals = torch.empty_like(tops)
     launch(
         topk_scan_kernel,
-        cdiv(n, tile["BLOCK_M"]) * cdiv(block.count, tile["BLOCK_N"]),
+        cdiv(n, tile["BLOCK_M"]) * blocks,
         queries,
         rows,
         block.positions,
@@ -170,6 +206,9 @@ def _scan(
         block.reach,
         block.lift,
         dots,
+        logit_factor,
+        None if logit_factor is None else tops,
+        None if logit_factor is None else totals,
         candidates,
         counts,
         n,
@@ -182,5 +221,9 @@ def _scan(
         tile=tile,
         INTEGER=rows.dtype == torch.int8,
         WIDEN=widens(rows.dtype),
-        PRECISION="tf32" if rows.dtype == torch.float32 else "ieee",
+        # a bound may be loose, a log-sum-exp may not
+        PRECISION="tf32"
+        if rows.dtype == torch.float32 and logit_factor is None
+        else float32_like(rows.dtype),
     )
+    return tops, totals

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .contrastive_tiles import _part
+from .contrastive_tiles import _exp, _part
 
 INFINITY = tl.constexpr(float("inf"))
 UNSPECIALIZED = ("N", "M", "first", "capacity")
@@ -55,6 +55,16 @@ def _dots(
     return total
 
 
+@triton.jit
+def _with_logits(top, total, logits, col_inside):
+    """A row's largest logit, and sum of exponentials shifted by it, with a part of a tile added to them."""
+    logits = tl.where(col_inside[None, :], logits, -INFINITY)
+    higher = tl.maximum(top, tl.max(logits, 1))
+    shift = tl.where(higher == -INFINITY, 0.0, higher)
+    total = total * _exp(top - shift, True) + tl.sum(_exp(logits - shift[:, None], True), 1)
+    return higher, total
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def topk_scan_kernel(
     queries,  # [N, D] contiguous
@@ -70,6 +80,9 @@ def topk_scan_kernel(
     reach,
     lift,  # None without an offset
     dots,  # float32 [N, M], or None: takes the products, and nothing is filtered
+    logit_factor,  # float32 [N], or None: logit_ij = logit_factor_i dot_ij scale_j
+    tops,  # float32 [blocks of rows, N]: the largest logit of a tile's rows
+    totals,  # the same: sum of exp(logit - largest)
     candidates,  # int32 [N, capacity], in no order
     counts,  # int32 [N], zeros before; may exceed the capacity, and then some candidates are missing
     N,
@@ -111,6 +124,10 @@ def topk_scan_kernel(
     if dots is None:
         slack_i = tl.load(slack + query, mask=query_inside, other=0.0)
         limit_i = tl.load(limit + query, mask=query_inside, other=INFINITY)
+    if logit_factor is not None:
+        factor_l = tl.load(logit_factor + query, mask=query_inside, other=0.0)
+        top = tl.full((BLOCK_M,), -INFINITY, tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
     for part in tl.static_range(SPLIT):
         products = _part(tile, part, SPLIT, BLOCK_M, BLOCK_N).to(tl.float32)
         col = col0 + part * EDGE_N + tl.arange(0, EDGE_N)
@@ -120,6 +137,11 @@ def topk_scan_kernel(
             at = dots + wide_query[:, None] * M + col[None, :]
             tl.store(at, products, mask=inside)
         else:
+            if logit_factor is not None:
+                scale_l = tl.load(scale + col, mask=col_inside, other=0.0)
+                top, total = _with_logits(
+                    top, total, products * factor_l[:, None] * scale_l[None, :], col_inside
+                )
             if factor is not None:
                 products *= tl.load(factor + query, mask=query_inside, other=0.0)[:, None]
             upper = products * tl.load(scale + col, mask=col_inside, other=0.0)[None, :]
@@ -139,6 +161,10 @@ def topk_scan_kernel(
                 at = candidates + wide_query[:, None] * capacity + slot
                 value = col[None, :] + tl.zeros((BLOCK_M, EDGE_N), tl.int32)
                 tl.store(at, value, mask=keep & (slot < capacity))
+    if logit_factor is not None:
+        at = tl.cast(tl.program_id(0) // blocks_m, tl.int64) * N + query
+        tl.store(tops + at, top, mask=query_inside)
+        tl.store(totals + at, total, mask=query_inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -217,7 +243,7 @@ def _wide_piece(at, col, D, step, exists, scale):
 
 @triton.jit
 def _folded_terms(
-    q_at, x_at, scale, exists, D, rows_col,
+    q_at, x_at, scale, exists, D, q_col, x_col,
     TERM: tl.constexpr, START: tl.constexpr, STRIDE: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -228,19 +254,19 @@ def _folded_terms(
     """
     if STRIDE < PIECES:
         left = _folded_terms(
-            q_at, x_at, scale, exists, D, rows_col, TERM, START, 2 * STRIDE, PIECES, ROWS, WIDTH
+            q_at, x_at, scale, exists, D, q_col, x_col, TERM, START, 2 * STRIDE, PIECES, ROWS, WIDTH
         )
         right = _folded_terms(
-            q_at, x_at, scale, exists, D, rows_col, TERM, START + STRIDE, 2 * STRIDE, PIECES, ROWS, WIDTH
+            q_at, x_at, scale, exists, D, q_col, x_col, TERM, START + STRIDE, 2 * STRIDE, PIECES, ROWS, WIDTH
         )
         return left + right
     else:
         col = START * WIDTH + tl.arange(0, WIDTH)
-        x = _wide_piece(x_at, col, D, rows_col, exists, scale)
+        x = _wide_piece(x_at, col, D, x_col, exists, scale)
         if TERM == "square":
             terms = x * x
         else:
-            q = _wide_piece(q_at, col, D, 1, exists, None)
+            q = _wide_piece(q_at, col, D, q_col, exists, None)
             if TERM == "product":
                 terms = q * x
             else:
@@ -255,8 +281,8 @@ def topk_exact_kernel(
     code_scale,  # float32, or None
     query,  # int64 [P]
     row,  # int64 [P]
-    scores,  # float32 [P], float64 sums for cosine
-    squares,  # float64 [P], of the rows; None but for cosine
+    scores,  # float32 [P], or float64 [P]; None where only squares are wanted
+    squares,  # float64 [P], of the rows, or None
     P,
     D,
     rows_row,
@@ -280,13 +306,14 @@ def topk_exact_kernel(
         scale = tl.load(code_scale + x_row, mask=exists, other=0.0)
     WIDTH: tl.constexpr = 2**LEVELS
     TERM: tl.constexpr = "difference" if L2 else "product"
-    terms = _folded_terms(q_at, x_at, scale, exists, D, rows_col, TERM, 0, 1, PIECES, PAIRS, WIDTH)
-    score = tree_sum(terms, PAIRS, LEVELS)
-    if L2:
-        score = 0.0 - score
-    tl.store(scores + pair, score.to(scores.dtype.element_ty), mask=exists)
+    if scores is not None:
+        terms = _folded_terms(q_at, x_at, scale, exists, D, 1, rows_col, TERM, 0, 1, PIECES, PAIRS, WIDTH)
+        score = tree_sum(terms, PAIRS, LEVELS)
+        if L2:
+            score = 0.0 - score
+        tl.store(scores + pair, score.to(scores.dtype.element_ty), mask=exists)
     if squares is not None:
-        terms = _folded_terms(q_at, x_at, scale, exists, D, rows_col, "square", 0, 1, PIECES, PAIRS, WIDTH)
+        terms = _folded_terms(q_at, x_at, scale, exists, D, 1, rows_col, "square", 0, 1, PIECES, PAIRS, WIDTH)
         tl.store(squares + pair, tree_sum(terms, PAIRS, LEVELS), mask=exists)
 
 
