@@ -39,7 +39,8 @@ for argument in "$@"; do
     *) echo "unknown step $argument; there are: ${all_steps[*]} wheel" >&2 && exit 2 ;;
   esac
 done
-[ "${#steps[@]}" -gt 0 ] || steps=("${all_steps[@]}")
+share=2 # steps that are asked for by name may take twice what they may where all are run
+[ "${#steps[@]}" -gt 0 ] || { steps=("${all_steps[@]}") && share=1; }
 if [ -n "$quick" ]; then limit=${LIMIT:-235}; else limit=${LIMIT:-585}; fi
 reserve=12 # seconds for the page at the end
 
@@ -190,6 +191,7 @@ rows_options=(-m gpu)
 
 # Compiles what the rows need, several suites at a time; Triton and Inductor keep it on disk.
 step_prepare() {
+  export TORCHINDUCTOR_COMPILE_THREADS=2
   isolated --jobs 12 --shards 3 --seconds "$seconds_left" "${suites[@]}" -- "${rows_options[@]}" --prepare
 }
 
@@ -200,14 +202,13 @@ step_benchmarks() {
 
 # Runs a step with a time limit of its own; notes its exit code and goes on.
 run_step() {
-  local name=$1 most=$2 began=$SECONDS status said
+  local name=$1 most=$(($2 * share)) began=$SECONDS status said
   seconds_left=$((limit - SECONDS - reserve))
   [ "$most" -lt "$seconds_left" ] && seconds_left=$most
   if [ "$seconds_left" -lt 5 ]; then
     said="not run: no time was left"
   else
     # a shell of its own, so that a limit ends all that the step started
-    export -f "step_$name"
     ("step_$name") >"$work/$name.log" 2>&1 &
     wait_for $! "$seconds_left"
     status=$?
