@@ -320,7 +320,7 @@ def test_prompt_search(compare, size: str, n: int, classes: int, words: int) -> 
 def test_s3a_votes(compare, size: str, n: int, k: int, v: int) -> None:
     """The paper's 21,000 words: one product, 2 N V D, here of int8 codes that are made in the call.
 
-    1000 pictures are 105 ms of product at torch's rate and 45 ms of argmax; the codes are 25 ms to make and 40 to search.
+    1000 pictures are 105 ms of product and 45 ms of argmax to torch; the codes are 25 ms to make and 40 to search.
     """
     x, words, clusters = unit(n), unit(v, seed=1), torch.arange(n) % k
 
