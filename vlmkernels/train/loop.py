@@ -131,7 +131,9 @@ def train(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with distributed.join(config.device) as processes:
-        return _train(config, processes, observer or Observer(), command, should_stop or (lambda: False), began)
+        return _train(
+            config, processes, observer or Observer(), command, should_stop or (lambda: False), began
+        )
 
 
 def _train(
