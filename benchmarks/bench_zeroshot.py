@@ -260,7 +260,10 @@ def test_gda_new(compare, size: str, classes: int, d: int) -> None:
 
 @sized(n=(20, 60, 10), length=(64, 256, 1369), width=(256, 512, 1024))
 def test_musc(compare, size: str, n: int, length: int, width: int) -> None:
-    """A product per pair of pictures instead of two. Many pictures at "medium", the paper's patches at "large"."""
+    """A product per pair of pictures instead of two. Many pictures at "medium", the paper's patches at "large".
+
+    At "small" the released code's other form is the faster peer: 3.6 times ours.
+    """
     z = unit(n, length, width=width)
     same(mutual_score(z), peers.mutual_scores(z, 0.3))
     compare(

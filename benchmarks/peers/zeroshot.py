@@ -69,7 +69,8 @@ def gda_new(text: Tensor, x: Tensor, k: int, copies: int) -> Tensor:
 def mutual_scores(z: Tensor, top: float) -> Tensor:
     """MuSc: distances of every pair of pictures' patches.
 
-    The released code also has a form with all other pictures at once: L times (N - 1) L distances, and slower here.
+    The released code also has a form with all other pictures at once, of L times (N - 1) L distances: 19 instead of 29
+    ms at 20 x 64 x 256, but 2.5 instead of 1.9 s at 60 x 256 x 512.
     """
     n = len(z)
     nearest = torch.stack([torch.stack([torch.cdist(a, b).amin(1) for b in z], 1) for a in z])  # [N, L, N]
