@@ -334,7 +334,7 @@ class Arena:
         rounds = 2 if self.dry else int(min(MOST_ROUNDS, max(FEWEST_ROUNDS, seconds / max(total, 1e-6))))
         for _ in range(rounds):
             for name, call in calls.items():
-                if name not in outcome.failures:
+                if name not in outcome.failures and name not in outcome.refusals:
                     with self._recorded(outcome, name):
                         outcome.times.setdefault(name, []).append(self.clock.milliseconds(call, issue[name]))
 
@@ -412,7 +412,11 @@ class Arena:
                     "rounds": len(times),
                 }
             entry |= self._shares(entry["ms"], operations, kind, moved, limits)
-            entry |= figures(backend) if figures is not None else {}
+            if figures is not None:
+                try:
+                    entry |= figures(backend)
+                except Exception as error:  # a time that was measured is not lost for it
+                    entry["figures_missing"] = _sentence(error)
             self.note(f"{name} {backend}", **entry)
 
     def _probed(self, kind: str) -> float | None:

@@ -174,6 +174,14 @@ def test_what_else_is_timed_is_no_peer(arena: Arena) -> None:
     assert set(rows["cuda"]["others_errors"]) == {"peer"}
 
 
+def test_a_figure_that_cannot_be_had_costs_no_row(arena: Arena) -> None:
+    def figures(backend: str) -> dict[str, Any]:
+        raise ValueError("no profiler")
+
+    rows = contest(arena, {"triton": 1.0, "cuda": 1.0}, {"peer": 1.0}, figures=figures)
+    assert rows["cuda"]["figures_missing"] == "no profiler" and rows["cuda"]["ms"] > 0
+
+
 # The clock of events.
 
 
