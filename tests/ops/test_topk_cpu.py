@@ -293,7 +293,7 @@ def test_index_answers_like_the_reference(exact, storage, metric, monkeypatch):
         return [*found, index.search(queries[:3], 30, each[:3]), index.range_search(queries, threshold)[1:]]
 
     ours = answers()
-    monkeypatch.setattr(flat_index, "_kernels_serve", lambda snapshot: False)
+    monkeypatch.setattr(flat_index, "_kernels", lambda device: "reference")
     for got, wanted in zip(ours, answers(), strict=True):
         assert_bits(got, wanted)
     assert index.search_with_stats(queries, 1)[2] == _topk_cpu.Stats(-1, -1)
@@ -311,7 +311,7 @@ def test_range_search_of_many_hits(n, storage, metric, monkeypatch):
     for threshold in (scores[0, 1500].item(), scores[0, 0].item(), 0.0, -math.inf, math.inf):
         ours = index.range_search(queries, threshold)
         with monkeypatch.context() as patch:
-            patch.setattr(flat_index, "_kernels_serve", lambda snapshot: False)
+            patch.setattr(flat_index, "_kernels", lambda device: "reference")
             wanted = index.range_search(queries, threshold)
         assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmkernels import _native
-from vlmkernels.ops import _topk_search, dispatch
+from vlmkernels.ops import _topk_search, dispatch, measured
 from vlmkernels.ops._topk_cpu import Rows
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -33,11 +33,13 @@ def reasons(call: dispatch.Call) -> list[str]:
     return against
 
 
-def _not_default(call: dispatch.Call) -> list[str]:
-    return ["no committed result from a GPU shows it right and faster yet"]
-
-
-dispatch.register_backend("topk_similarity", "cuda", reasons, priority=5, not_default=_not_default)
+dispatch.register_backend(
+    "topk_similarity",
+    "cuda",
+    reasons,
+    priority=5,
+    not_default=measured.unless_fastest("topk_similarity", "cuda"),
+)
 
 
 def search(
