@@ -141,6 +141,9 @@ def use(device: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Device of the tensors for one of `DEVICES`; with "emulated" `vlmkernels` runs the emulated module on the CPU."""
     if device != "emulated":
         return torch.device(device)
+    reason = missing()
+    if reason is not None:
+        pytest.skip(f"CUDA emulator: {reason}")
     monkeypatch.setattr(_native, "cuda", module())
     monkeypatch.setattr(_native, "cuda_reason", None)
     monkeypatch.setattr(_native, "CUDA_DEVICE", "cpu")
