@@ -13,11 +13,11 @@ rows are ratios of ours to ours: half the keys masked against none, a pack of le
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import measures
 import pytest
 import torch
+from attention_shape import OPERATIONS, AttentionShape
 from peers import attention as peer
 from torch import Tensor
 
@@ -29,26 +29,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 SECONDS = 1.5  # of timing per row, about
 
 
-@dataclass(frozen=True)
-class Case:
-    """One shape of an encoder."""
-
-    encoder: str
-    B: int
-    H: int
-    L: int
-    D: int
-    is_causal: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.encoder} ({self.B},{self.H},{self.L},{self.D}){' causal' * self.is_causal}"
-
-    def operations(self, backward: bool) -> float:
-        """Useful ones, of forward alone or of forward and backward."""
-        half = 0.5 if self.is_causal else 1.0
-        return half * (14.0 if backward else 4.0) * self.B * self.H * self.L**2 * self.D
-
+class Case(AttentionShape):
     def qkv(self, dtype: str) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         shape = (self.B, self.L, 3, self.H, self.D)
@@ -99,11 +80,12 @@ def test_attention(pairs, row, share_of_peak, case: Case, backward: bool, dtype:
     assert measures.difference(result, theirs()) < TOLERANCE[dtype]
     if backward:
         assert measures.difference(grad, qkv.grad) < TOLERANCE[dtype]
-    operations = case.operations(backward)
+    timed = "forward+backward" if backward else "forward"
+    operations = case.operations(timed)
     times = pairs(ours, theirs, rounds_for(theirs))
     rates = share_of_peak(dtype, operations, times["ms"])
     row(
-        f"attention {case.name} {dtype} {'forward+backward' if backward else 'forward'}",
+        f"attention {case.name} {dtype} {timed}",
         shape=[case.B, case.H, case.L, case.D],
         dtype=dtype,
         peer="scaled_dot_product_attention",
@@ -155,12 +137,13 @@ def test_packed_lengths_keep_the_rate(pairs, row, share_of_peak, backward: bool,
     same = step(lambda: vk.attention(*batch.unbind(2), backend="cpu"), batch, batch_upstream)
     with torch.no_grad():
         assert measures.difference(varlen(), peer.attention_varlen(packed, lengths)) < TOLERANCE[dtype]
-    operations = (14.0 if backward else 4.0) * H * D * sum(n * n for n in lengths)
+    timed = "forward+backward" if backward else "forward"
+    operations = OPERATIONS[timed] * H * D * sum(n * n for n in lengths)
     times = pairs(ours, same, rounds_for(same))
     rates = share_of_peak(dtype, operations, times["ms"])
-    equal_rate = equal.operations(backward) / times["peer_ms"] / 1e6
+    equal_rate = equal.operations(timed) / times["peer_ms"] / 1e6
     row(
-        f"attention_varlen 16 lengths of 64 to 1024 {dtype} {'forward+backward' if backward else 'forward'}",
+        f"attention_varlen 16 lengths of 64 to 1024 {dtype} {timed}",
         shape=[sum(lengths), H, D],
         dtype=dtype,
         peer="ours on equal lengths",

@@ -13,11 +13,12 @@ the backward pass alone, whose forward ran before.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import measures
 import pytest
 import torch
+from attention_shape import OPERATIONS, AttentionShape
 from gpu_measures import Arena, Call
 from peers import attention as peer
 from torch import Tensor
@@ -32,25 +33,7 @@ TOLERANCE = 1e-2
 CHECKED = 4  # batch entries from either end: enough to see a wrong offset
 
 
-@dataclass(frozen=True)
-class Case:
-    """One shape of an encoder."""
-
-    encoder: str
-    B: int
-    H: int
-    L: int
-    D: int
-    is_causal: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.encoder} ({self.B},{self.H},{self.L},{self.D}){' causal' * self.is_causal}"
-
-    def operations(self, step: str) -> float:
-        factor = {"forward": 4.0, "backward": 10.0, "forward+backward": 14.0}[step]
-        return factor * (0.5 if self.is_causal else 1.0) * self.B * self.H * self.L**2 * self.D
-
+class Case(AttentionShape):
     def moved(self, step: str) -> float:
         """Bytes: forward reads q, k, v and writes the result; backward reads those and the gradient, writes three."""
         tensors = {"forward": 4, "backward": 8, "forward+backward": 12}[step]
@@ -207,7 +190,7 @@ def test_varlen(arena: Arena, step: str) -> None:
             tolerance=TOLERANCE,
             shape=[T, H, D],
             step=step,
-            operations={"forward": 4.0, "backward": 10.0}[step] * H * D * sum(n * n for n in lengths),
+            operations=OPERATIONS[step] * H * D * sum(n * n for n in lengths),
             seconds=0.3,
         )
 
