@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emoji_runs import Pictures, fit
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest_tensor import LargestTensor
 
 from vlmkernels.data import emoji
 from vlmkernels.models.knowledge_concentration import (
@@ -120,29 +119,17 @@ def test_the_loss_by_verticals_equals_the_dense_one(options):
         assert torch.allclose(one, other, atol=1e-5)
 
 
-class _Largest(TorchDispatchMode):
-    """Notes the largest tensor that an operation makes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.largest = max([self.largest, *sizes])
-        return out
-
-
 def test_the_logits_of_all_classes_never_exist():
     sizes, batch = (250,) * 20, 256
     head = StructurallyConnectedHead(16, 16, 8, sizes)
     x, vertical = torch.randn(batch, 16), torch.arange(batch) % 20
     targets = concentrated_targets(torch.rand(batch, 250), vertical, torch.tensor(head.offsets), 10)
-    with _Largest() as seen:
+    with LargestTensor() as seen:
         head.loss(x, targets).backward()
-    assert seen.largest <= batch * 250  # a twentieth of [B, N]
-    with _Largest() as dense:
+    assert seen.elements <= batch * 250  # a twentieth of [B, N]
+    with LargestTensor() as dense:
         multi_teacher_bce(head(x), targets.dense(5000)).backward()
-    assert dense.largest >= batch * 5000
+    assert dense.elements >= batch * 5000
 
 
 _MEASURE = """

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import LAYOUTS, fill
+from largest_tensor import LargestTensor
 from oracle import assert_as_accurate, assert_typically_as_accurate
 from torch import Tensor
 from triton_device import DEVICE, DTYPES
@@ -358,21 +359,10 @@ def test_half_precision_zero_shot_gradients():
 
 def test_zero_shot_keeps_no_logits():
     """The largest tensor of a call and its gradient is a chunk, not [N, C]."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            for x in torch.utils._pytree.tree_leaves(result):
-                if isinstance(x, torch.Tensor):
-                    largest = max(largest, x.nbytes)
-            return result
-
     from vlmkernels.ops import _topk_triton
 
     images, classes, scale = vectors(8, 4), vectors(200, 4, seed=1), torch.tensor(3.0, device=DEVICE)
-    with pytest.MonkeyPatch.context() as patch, Watch():
+    with pytest.MonkeyPatch.context() as patch, LargestTensor() as largest:
         from vlmkernels.ops.triton import contrastive, zero_shot
 
         patch.setattr(zero_shot, "FEW_CLASSES", 0)
@@ -384,7 +374,7 @@ def test_zero_shot_keeps_no_logits():
         _topk_triton.zero_shot_gradients(
             probabilities, lse, images, classes, scale, indices, probabilities, lse, (True, True, True)
         )
-    assert largest <= classes.nbytes < 4 * 8 * 200
+    assert largest.nbytes <= classes.nbytes < 4 * 8 * 200
 
 
 # FlatIndex

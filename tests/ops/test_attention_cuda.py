@@ -19,10 +19,6 @@ from vlmkernels.ops import _attention_cuda
 from vlmkernels.ops.reference import attention as reference
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-needs_emulator = pytest.mark.skipif(
-    emulated_cuda.missing() is not None, reason=f"CUDA emulator: {emulated_cuda.missing()}"
-)
-
 #: Shared memory of one block on an A100, an H100, and the smaller GPUs of the A100's generation.
 A100, H100, SMALL = 163 * 1024, 227 * 1024, 99 * 1024
 
@@ -111,7 +107,6 @@ def test_results_and_gradients_are_as_accurate_as_eager(
     ],
     ids=str,
 )
-@needs_emulator
 def test_devices_with_less_shared_memory(
     case: cases.AttentionCase, most_shared: int, emulated: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +256,6 @@ def test_runs_agree_bit_for_bit(L: int, device: torch.device) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@needs_emulator
 @pytest.mark.parametrize("case", [PROBLEMS[-4], cases.AttentionCase(2, 77, 1, 64, key_mask=True)], ids=str)
 def test_the_order_of_threads_does_not_matter(case: cases.AttentionCase, emulated: torch.device) -> None:
     tensors, options = problem(case, torch.bfloat16)
@@ -275,7 +269,6 @@ def test_the_order_of_threads_does_not_matter(case: cases.AttentionCase, emulate
     assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
 
 
-@needs_emulator
 @pytest.mark.parametrize("D", [8, 64, 72, 88, 128])
 def test_matrix_loads_have_no_bank_conflicts(D: int, emulated: torch.device) -> None:
     controls = emulated_cuda.controls()
@@ -285,7 +278,6 @@ def test_matrix_loads_have_no_bank_conflicts(D: int, emulated: torch.device) -> 
     assert controls.emulator_matrix_conflicts() == conflicts
 
 
-@needs_emulator
 @pytest.mark.parametrize(
     "case", [c for c in PROBLEMS if not refused(c) and (c.Lq * c.keys < 9000 or c in LONG)], ids=str
 )
@@ -306,7 +298,6 @@ def test_nothing_outside_the_tensors_is_touched(case: cases.AttentionCase, emula
     assert torch.equal(out, expected)
 
 
-@needs_emulator
 def test_an_access_outside_the_tensors_is_an_error_and_not_a_crash(emulated: torch.device) -> None:
     q, k, v = (emulated_cuda.guarded_like(torch.randn(1, 16, 1, 64).bfloat16()) for _ in range(3))
     out, lse = torch.empty_like(q), torch.empty(1, 1, 16)
@@ -334,7 +325,6 @@ def plan(backward: bool, most_shared: int, B: int, H: int, Hk: int, Lq: int, Lk:
 RESIDENT, QUERIES, KEYS = 0, 1, 2
 
 
-@needs_emulator
 @pytest.mark.parametrize(
     ("most_shared", "shape", "expected"),
     [
@@ -353,7 +343,6 @@ def test_forward_plans(most_shared: int, shape: Any, expected: Any, emulated: to
     assert plan(False, most_shared, *shape) == [expected]
 
 
-@needs_emulator
 def test_backward_plans(emulated: torch.device) -> None:
     (whole,) = plan(True, A100, 256, 16, 16, 257, 257, 64)
     assert whole == (RESIDENT, 7, 1, 4096, (4 * 17 + 7) * 2048 + 5 * 8 + 272 * 8)
@@ -371,7 +360,6 @@ def test_backward_plans(emulated: torch.device) -> None:
             assert p[3] > 0
 
 
-@needs_emulator
 def test_rows_off_16_bytes_are_refused_by_the_binding(emulated: torch.device) -> None:
     x = torch.zeros(2, 8, 2, 64, dtype=torch.bfloat16)
     views = [_attention_cuda._view(x)] * 4
@@ -380,7 +368,6 @@ def test_rows_off_16_bytes_are_refused_by_the_binding(emulated: torch.device) ->
         _native.cuda.AttentionCall((2, 2, 2, 8, 8, 64), True, False, 1.0, *views, 0)
 
 
-@needs_emulator
 def test_a_tensor_past_32_bits_of_bytes(emulated: torch.device) -> None:
     """Offsets are 64 bits wide: entries and heads that lie three gigabytes apart."""
     apart = 3 * 2**30 // 2
@@ -394,7 +381,6 @@ def test_a_tensor_past_32_bits_of_bytes(emulated: torch.device) -> None:
 # Refusals and choice.
 
 
-@needs_emulator
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -18,9 +18,6 @@ from vlmkernels.ops import dispatch
 from vlmkernels.ops._contrastive_ops import Arguments
 
 each_dtype = pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
-needs_emulator = pytest.mark.skipif(
-    emulated_cuda.missing() is not None, reason=f"CUDA emulator: {emulated_cuda.missing()}"
-)
 
 
 @pytest.fixture(params=emulated_cuda.DEVICES)
@@ -278,7 +275,6 @@ def test_runs_agree_bit_for_bit(device: torch.device) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@needs_emulator
 @pytest.mark.parametrize("scale", [10.0, 300.0])
 def test_the_order_of_threads_does_not_matter(scale: float, emulated: torch.device) -> None:
     q, k = pair(140, 140, 24, torch.bfloat16)
@@ -295,7 +291,6 @@ def test_the_order_of_threads_does_not_matter(scale: float, emulated: torch.devi
     assert controls.emulator_matrix_conflicts() == conflicts
 
 
-@needs_emulator
 @pytest.mark.parametrize(("n", "m", "d"), [(1, 3, 8), (131, 259, 24), (128, 129, 64)])
 def test_nothing_outside_the_tensors_is_touched(
     n: int, m: int, d: int, emulated: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -317,7 +312,6 @@ def test_nothing_outside_the_tensors_is_touched(
     assert all(torch.equal(ours[name], expected[name]) for name in ours)
 
 
-@needs_emulator
 def test_a_chunk_outside_its_problem_is_refused(emulated: torch.device) -> None:
     q, k = pair(5, 5, 8, torch.bfloat16)
     problem = kernels._Problem(Arguments(q, k, torch.tensor(1.0)), 0, torch.bfloat16)

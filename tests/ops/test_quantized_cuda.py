@@ -19,10 +19,6 @@ from vlmkernels.ops.dispatch import Call
 from vlmkernels.ops.reference import quantized as reference
 
 each_dtype = pytest.mark.parametrize("dtype", _quantized_cuda.DTYPES, ids=str)
-needs_emulator = pytest.mark.skipif(
-    emulated_cuda.missing() is not None, reason=f"CUDA emulator: {emulated_cuda.missing()}"
-)
-
 #: Rows, inputs, outputs: 0, 1, primes, around a tile, and a depth of more slices than are under way at once.
 SHAPES = (
     (0, 32, 8),
@@ -177,7 +173,6 @@ def test_runs_agree_bit_for_bit(device: torch.device) -> None:
     assert torch.equal(on_cuda(device, x, qweight), on_cuda(device, x, qweight))
 
 
-@needs_emulator
 def test_the_order_of_threads_does_not_matter(emulated: torch.device) -> None:
     x, qweight, residual = random(130, 400), weight_of(40, 400), random(130, 40, seed=3)
     forwards = on_cuda(emulated, x, qweight, residual=residual)
@@ -192,7 +187,6 @@ def test_the_order_of_threads_does_not_matter(emulated: torch.device) -> None:
     assert controls.emulator_matrix_conflicts() == conflicts
 
 
-@needs_emulator
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_nothing_outside_the_tensors_is_touched(
@@ -215,7 +209,6 @@ def test_nothing_outside_the_tensors_is_touched(
     assert torch.equal(ours, expected)
 
 
-@needs_emulator
 def test_plans(emulated: torch.device) -> None:
     def plan(m: int, n: int, k: int, out: int = 0, residual: tuple[int, int, int] = (0, 0, 0)) -> Any:
         bf16 = _native.DTYPE_TAGS[torch.bfloat16]
@@ -238,7 +231,6 @@ def test_plans(emulated: torch.device) -> None:
 # Refusals and choice.
 
 
-@needs_emulator
 @pytest.mark.parametrize(
     ("scheme", "dtype", "reason"),
     [

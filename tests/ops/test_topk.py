@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from largest_tensor import LargestTensor
 from oracle import assert_as_accurate
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -317,22 +318,11 @@ def test_settings_that_round_matmul_operands_do_not_change_the_answer(features):
 
 
 def test_scan_holds_a_tile_of_scores_at_most():
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            for x in torch.utils._pytree.tree_leaves(result):
-                if isinstance(x, torch.Tensor):
-                    largest = max(largest, x.untyped_storage().nbytes())
-            return result
-
     queries, database = torch.randn(500, 4), torch.randn(60_000, 4)
-    with Watch():
+    with LargestTensor() as largest:
         topk_scan.scan_topk(queries, topk_scan.TensorRows(database), 3, "dot")
     # All scores would be 120 MB.
-    assert largest <= 16 * 2**20
+    assert largest.storage_bytes <= 16 * 2**20
 
 
 def test_scan_rescores_few_rows():

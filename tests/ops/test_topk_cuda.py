@@ -17,9 +17,6 @@ from vlmkernels.ops._topk_cpu import Rows
 
 each_dtype = pytest.mark.parametrize("dtype", _topk_cuda.DTYPES, ids=str)
 each_metric = pytest.mark.parametrize("metric", ["dot", "cosine", "l2"])
-needs_emulator = pytest.mark.skipif(
-    emulated_cuda.missing() is not None, reason=f"CUDA emulator: {emulated_cuda.missing()}"
-)
 
 
 @pytest.fixture(params=emulated_cuda.DEVICES)
@@ -126,7 +123,6 @@ def test_gradients(device: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(grads["cuda"], grads["reference"], strict=True))
 
 
-@needs_emulator
 def test_the_order_of_threads_does_not_matter(emulated: torch.device) -> None:
     queries, database = vectors(130, 24, torch.bfloat16), vectors(600, 24, torch.bfloat16, seed=1)
     forwards = vk.topk_similarity(queries, database, 7, backend="cuda")
@@ -139,7 +135,6 @@ def test_the_order_of_threads_does_not_matter(emulated: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
 
 
-@needs_emulator
 @pytest.mark.parametrize(
     ("n", "m", "width", "capacity"), [(1, 3, 8, 1), (129, 131, 24, 7), (3, 400, 64, 400)]
 )
@@ -172,7 +167,6 @@ def test_nothing_outside_the_tensors_is_touched(
         assert set(found) <= set(better[i].nonzero().flatten().tolist())
 
 
-@needs_emulator
 def test_refusals(emulated: torch.device) -> None:
     with pytest.raises(NotImplementedError, match=r"bfloat16 and float16, not torch\.float32"):
         vk.topk_similarity(torch.randn(2, 8), torch.randn(9, 8), 1, backend="cuda")

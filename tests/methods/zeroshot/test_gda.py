@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from torch import Tensor
 
 from vlmkernels.data import emoji
@@ -150,25 +151,13 @@ def test_certain_responsibilities_are_the_supervised_fit(blobs) -> None:
 
 def test_memory_does_not_grow_with_rows_times_classes(unit_rows) -> None:
     """2,000 classes of 20,000 rows: responsibilities would be 320 MB in float64, D x D precisions 65 MB a thousand."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(t, Tensor):
-                    Largest.elements = max(Largest.elements, t.untyped_storage().nbytes() // 8)
-            return out
-
     x, y = unit_rows(20_000, 16, dtype=torch.float32), torch.arange(20_000) % 2000
     text = unit_rows(2000, 16, seed=1, dtype=torch.float32)
-    with Largest():
+    with LargestTensor() as largest:
         fit_gda(x, y, 2000)
         fit_gda_em(x, text, iterations=1)
         fit_gda_new(text[:100], x, k=32)
-    assert Largest.elements <= 2**21 + 2000 * 16  # half a block of float64; N x K is 4e7
+    assert largest.storage_bytes // 8 <= 2**21 + 2000 * 16  # half a block of float64; N x K is 4e7
 
 
 def test_bad_input(blobs) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from largest_tensor import LargestTensor
 from torch import Tensor
 
 from vlmkernels.methods.zeroshot import auroc
@@ -94,22 +95,12 @@ def test_smoothing_over_similar_pictures(unit_rows) -> None:
 
 def test_no_matrix_of_all_patches_is_made() -> None:
     """20 pictures of 64 patches: all pairs would be 1.6 million numbers."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = [0]
-
-    class Largest(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(t, Tensor):
-                    largest[0] = max(largest[0], t.numel())
-            return out
-
     z = F.normalize(torch.randn(20, 64, 16), dim=2)
-    with Largest():
+    with LargestTensor() as largest:
         mutual_score(z)
-    assert largest[0] <= max(20 * 64 * 20, z.numel(), 2**18)  # the workspace of the search is 64 KiB or so
+    assert largest.elements <= max(
+        20 * 64 * 20, z.numel(), 2**18
+    )  # the workspace of the search is 64 KiB or so
 
 
 def test_block_outputs_are_the_models_own() -> None:
