@@ -299,7 +299,7 @@ class Snapshot:
                 for name, (dtype, shape) in self.layout.columns().items()
             }
         if self.device.type == "cpu" and _native.cpu_reason is None:
-            # A search for one query waits for memory alone, and gets half as much of it through small pages.
+            # A search for one query waits for memory alone, and through small pages for translations, too.
             for column in columns.values():
                 _native.cpu.ask_for_large_pages(column.data_ptr(), column.nbytes)
         return Segment(columns, 0)

@@ -180,6 +180,12 @@ def like_inputs(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tupl
     )
 
 
+def wants_gradients(*tensors: Tensor | None) -> list[bool]:
+    """Whether a call on these records a gradient, for each."""
+    enabled = torch.is_grad_enabled()
+    return [enabled and x is not None and x.requires_grad for x in tensors]
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast wants matmul operands in on this kind of device, None where autocast is off."""
     if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):

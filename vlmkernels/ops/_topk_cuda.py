@@ -60,15 +60,13 @@ class CudaScan(_topk_search.Scan):
 
     def candidates(self, block: _topk_search.Block, limit: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
         queries, rows = _in_chunks(block.queries), _in_chunks(block.taken())
-        n = queries.shape[0]
-        candidates = torch.empty(n, capacity, dtype=torch.int32, device=rows.device)
-        counts = torch.zeros(n, dtype=torch.int32, device=rows.device)
+        candidates, counts = _topk_search.room_for_candidates(block, capacity)
         _native.call(
             "topk_similarity",
             _native.cuda.topk_scan,
             queries.data_ptr(),
             rows.data_ptr(),
-            n,
+            queries.shape[0],
             block.count,
             rows.shape[1] * rows.element_size(),
             rows.dtype == torch.bfloat16,

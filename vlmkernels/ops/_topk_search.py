@@ -115,6 +115,13 @@ class Block:
         return middle - margin - 2.0 * self.spread, middle + margin
 
 
+def room_for_candidates(block: Block, capacity: int) -> tuple[Tensor, Tensor]:
+    """What `Scan.candidates` fills: int32 [n, capacity], and counts of 0, int32 [n]."""
+    n, device = block.queries.shape[0], block.queries.device
+    candidates = torch.empty(n, capacity, dtype=torch.int32, device=device)
+    return candidates, torch.zeros(n, dtype=torch.int32, device=device)
+
+
 class Scan:
     """What a device does for a search. The methods that are written out are torch's; kernels replace them."""
 

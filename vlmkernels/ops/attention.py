@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmkernels.ops import _attention_library, _check, dispatch
 from vlmkernels.ops import _attention_ops as ops
-from vlmkernels.ops._library import follow_autocast, no_autocast
+from vlmkernels.ops._library import follow_autocast, no_autocast, wants_gradients
 from vlmkernels.ops.reference import attention as reference
 
 __all__ = ["attention", "attention_qkvpacked", "attention_varlen", "scaled_dot_product_attention"]
@@ -360,10 +360,7 @@ def _call(
         "is_causal": is_causal,
         "dropout": dropout_p > 0.0,
         "return_lse": return_lse,
-        "gradient": torch.is_grad_enabled()
-        and (
-            q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
-        ),
+        "gradient": any(wants_gradients(q, k, v, bias)),
     }
     return dispatch.Call(q.device.type, q.dtype, facts, scores * max(q.element_size(), 4))
 

@@ -14,7 +14,7 @@ from vlmkernels import _native
 from vlmkernels.ops import _check, _contrastive_cuda, _triton, dispatch, measured
 from vlmkernels.ops._contrastive_group import GroupLoss, group_sigmoid, group_softmax
 from vlmkernels.ops._contrastive_ops import REDUCTIONS, Arguments, one_pass_contrastive, softmax_contrastive
-from vlmkernels.ops._library import autocast_dtype
+from vlmkernels.ops._library import autocast_dtype, wants_gradients
 from vlmkernels.ops.reference import contrastive as reference
 
 #: Dot products up to this size are kept from forward to backward instead of being formed twice.
@@ -565,11 +565,6 @@ def _as_scalar(x: Tensor | float, features: Tensor) -> Tensor:
     return torch.full((), float(x), dtype=dtype, device=features.device)
 
 
-def _wants_gradients(*tensors: Tensor | None) -> list[bool]:
-    enabled = torch.is_grad_enabled()
-    return [enabled and x is not None and x.requires_grad for x in tensors]
-
-
 def _softmax_loss(
     op: str,
     backend: str,
@@ -584,7 +579,7 @@ def _softmax_loss(
     keep = (
         backend != "cuda"
         and 4 * logits <= KEEP_BYTES
-        and any(_wants_gradients(q, k, call.scale, call.key_bias))
+        and any(wants_gradients(q, k, call.scale, call.key_bias))
     )
     return softmax_contrastive(*call, keep, backend, op)[0]
 
@@ -601,5 +596,5 @@ def _one_pass_loss(
     **options: Any,
 ) -> Tensor:
     call = Arguments(q, k, _as_scalar(logit_scale, q), compute=compute, **options)
-    needs = _wants_gradients(q, k, call.scale, call.bias, call.key_bias)
+    needs = wants_gradients(q, k, call.scale, call.bias, call.key_bias)
     return one_pass_contrastive(*call, sigmoid, needs, backend, op)[0]

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from vlmkernels.ops import _check, _linear_cpu, _linear_triton, _triton
-from vlmkernels.ops._library import autocast_dtype, differentiate, follow_autocast, like_inputs, register_op
+from vlmkernels.ops._library import (
+    autocast_dtype,
+    differentiate,
+    follow_autocast,
+    like_inputs,
+    register_op,
+    wants_gradients,
+)
 from vlmkernels.ops.dispatch import Call, choose, register_backend
 from vlmkernels.ops.reference import linear as reference
 
@@ -67,9 +74,7 @@ def linear(
     _check_compute_dtype(op, compute_dtype)
     x, weight, bias = operands_under_autocast(op, x, weight, bias, residual, compute_dtype)
     _check_linear(x, weight, bias, residual, activation)
-    needs = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, residual)
-    )
+    needs = any(wants_gradients(x, weight, bias, residual))
     name = choose(op, _call(x, weight, residual, activation, compute_dtype or x.dtype, needs), backend)
     if name == "reference":
         return reference.linear(

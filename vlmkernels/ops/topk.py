@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmkernels import _native
 
 from . import _check, _topk_cpu, _topk_cpu_backward, _topk_cuda, _topk_triton, dispatch
-from ._library import differentiate, follow_autocast, like_inputs, register_op
+from ._library import differentiate, follow_autocast, like_inputs, register_op, wants_gradients
 from .reference import topk as reference
 
 # Logits that the reference keeps for its gradient are worth a warning from here on.
@@ -150,9 +150,7 @@ def zero_shot(
     prompts = class_features.shape[1] if class_features.ndim == 3 else 0
     scale_kind = (logit_scale.device, logit_scale.dtype)
     facts = {"n": n, "c": c, "width": width, "k": k, "prompts": prompts, "logit_scale": scale_kind}
-    keeps = torch.is_grad_enabled() and any(
-        x.requires_grad for x in (image_features, class_features, logit_scale)
-    )
+    keeps = any(wants_gradients(image_features, class_features, logit_scale))
     product = 8 * n * c if keeps else 0
     call = dispatch.Call(
         image_features.device.type, image_features.dtype, facts, product if product > _WARN_BYTES else 0

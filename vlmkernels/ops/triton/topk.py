@@ -44,18 +44,14 @@ class TritonScan(_topk_search.Scan):
         return super().rounding(dtype, width) + (_TF32_ROUNDING if dtype == torch.float32 else 0.0)
 
     def candidates(self, block: Block, limit: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-        n = block.queries.shape[0]
-        candidates = torch.empty(n, capacity, dtype=torch.int32, device=limit.device)
-        counts = torch.zeros(n, dtype=torch.int32, device=limit.device)
+        candidates, counts = _topk_search.room_for_candidates(block, capacity)
         _scan(block, limit, None, candidates, counts)
         return candidates, counts
 
     def candidates_and_logits(
         self, block: Block, limit: Tensor, capacity: int, factor: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        n = block.queries.shape[0]
-        candidates = torch.empty(n, capacity, dtype=torch.int32, device=limit.device)
-        counts = torch.zeros(n, dtype=torch.int32, device=limit.device)
+        candidates, counts = _topk_search.room_for_candidates(block, capacity)
         tops, totals = _scan(block, limit, None, candidates, counts, factor)
         return candidates, counts, tops, totals
 
