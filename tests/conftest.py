@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,10 @@ from vlmkernels._files import write_text_atomically
 from vlmkernels.systems import Claim, claims_file, recorded_claims
 
 SEED = 20210226  # the day the CLIP paper was submitted
+
+# Interpreters that tests start must not take the source tree, where pytest is called, for the installed package that
+# this one has (from Python 3.11 on).
+os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 _gpu_tests_passed = 0
 

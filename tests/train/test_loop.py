@@ -139,7 +139,9 @@ def _start(settings: dict[str, Any]) -> subprocess.Popen:
         "PYTHONPATH": str(Path(vlmkernels.__file__).parents[1]),
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.Popen([sys.executable, "-c", _RUN, json.dumps(settings)], env=environment)
+    # started here, and not where the source tree could be taken for the installed package
+    folder = Path(__file__).parent
+    return subprocess.Popen([sys.executable, "-c", _RUN, json.dumps(settings)], env=environment, cwd=folder)
 
 
 def test_a_killed_run_continues_to_the_same_bits(tiny: dict[str, Any], tmp_path: Path) -> None:
